@@ -1,0 +1,54 @@
+# Every target works on a fresh clone: `make demo` and `make test` each need nothing before them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+export MAX_JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: help venv build demo test lint format bench simt cuda asan clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1|/' | column -t -s '|'
+
+venv: $(VENV)/.ready  ## .venv with torch and the tools
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet setuptools ninja pybind11 $$($(PYTHON) -c "import tomllib; \
+	  e = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	  print(*{d for k in ('test', 'demo', 'bench', 'lint') for d in e[k]})")
+	touch $@
+
+build: $(VENV)/.built  ## the extension, against the torch in .venv
+
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: build  ## the main job: train on real digits, invert real image crops (writes out/demo)
+	$(PY) -m convbn_ext demo --out out/demo
+
+test: build  ## the whole CPU test suite
+	$(PY) -m pytest
+
+lint: venv  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(h|cpp|cuh|cu)$$' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: venv  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(h|cpp|cuh|cu)$$' | xargs -r $(BIN)/clang-format -i
+
+clean:  ## everything that make has made
+	rm -rf $(VENV) build out *.egg-info convbn_ext/*.so convbn_ext/_build_info.py .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

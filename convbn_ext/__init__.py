@@ -1,0 +1,9 @@
+"""Fused convolution + batch normalisation for PyTorch, and its inverse by matrix-free GMRES."""
+
+from ._load import load_extension
+
+load_extension()
+
+from ._version import __version__  # noqa: E402
+
+__all__ = ["__version__"]

@@ -1,0 +1,91 @@
+"""Build convbn_ext._C against the torch that is installed.
+
+Environment:
+    USE_CUDA=0   leave the CUDA kernels out although torch has CUDA
+    DEBUG=1      -O0 -g and assertions
+    MAX_JOBS=n   compiler processes at once
+"""
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    sys.exit(
+        "convbn_ext: building needs torch >= 2.10, and it is not importable here.\n"
+        "  1. install the torch you want, for example:  pip install torch\n"
+        "  2. build against it:                         pip install --no-build-isolation .\n"
+        "pip's build isolation hides an installed torch, so --no-build-isolation is needed in any case."
+    )
+
+ROOT = Path(__file__).parent.resolve()
+DEBUG = os.environ.get("DEBUG", "0") == "1"
+MIN_TORCH = (2, 10)
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
+    sys.exit(f"convbn_ext: needs torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}, found {torch.__version__}: pip install -U torch")
+
+
+def cuda_wanted() -> bool:
+    """CUDA kernels are built when torch has CUDA, unless USE_CUDA=0."""
+    if os.environ.get("USE_CUDA", "1") == "0" or torch.version.cuda is None:
+        return False
+    if cpp_extension.CUDA_HOME is None and shutil.which("nvcc") is None:
+        sys.exit(
+            f"convbn_ext: torch {torch.__version__} has CUDA {torch.version.cuda}, but nvcc was not found.\n"
+            "  put nvcc on PATH or set CUDA_HOME, or build for the CPU alone:  USE_CUDA=0 pip install --no-build-isolation ."
+        )
+    return True
+
+
+def sources(with_cuda: bool) -> list[str]:
+    """Every backend registers itself, so a CPU build simply leaves csrc/cuda out."""
+    patterns = ["*.cpp", "cpu/*.cpp"] + (["cuda/*.cpp", "cuda/*.cu"] if with_cuda else [])
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
+
+
+def extension(with_cuda: bool):
+    """One extension module; OpenMP pragmas are compiled, but libgomp comes from torch alone.
+
+    Linking our own -lgomp could load a second OpenMP runtime whose threads fight torch's for the cores; libtorch_cpu
+    already brings one, and the loader resolves GOMP_* from it.
+    """
+    openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
+    cxx = ["-std=c++20", *(["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]), *openmp, "-Wall", "-Wno-psabi"]
+    options = {
+        "include_dirs": [str(ROOT / "csrc")],
+        "extra_compile_args": {"cxx": cxx},
+    }
+    if not with_cuda:
+        return cpp_extension.CppExtension("convbn_ext._C", sources(False), **options)
+    options["extra_compile_args"]["nvcc"] = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr"]
+    return cpp_extension.CUDAExtension("convbn_ext._C", sources(True), **options)
+
+
+class Build(cpp_extension.BuildExtension):
+    """BuildExtension that also writes down which torch the library was built against."""
+
+    def run(self):
+        super().run()
+        target = Path(self.get_ext_fullpath("convbn_ext._C")).with_name("_build_info.py")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(
+            f'''"""Written by setup.py: what the extension was built against."""
+
+TORCH_VERSION = {str(torch.__version__)!r}
+CUDA_VERSION = {torch.version.cuda if WITH_CUDA else None!r}
+'''
+        )
+
+
+WITH_CUDA = cuda_wanted()
+setup(ext_modules=[extension(WITH_CUDA)], cmdclass={"build_ext": Build})

@@ -2,6 +2,8 @@
 // The backends (cpu/, cuda/) register their own implementations.
 #include <torch/extension.h>
 
-TORCH_LIBRARY(convbn_ext, m) {}
+TORCH_LIBRARY(convbn_ext, m)
+{
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "Compiled part of convbn_ext"; }

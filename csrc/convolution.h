@@ -1,0 +1,45 @@
+// Convolution as a linear map with all four paddings, and its exact adjoints.
+//   y = w ⋆ pad(x):  x (N, C_in, *spatial), w (C_out, C_in/groups, *kernel), y (N, C_out, *out); no spatial axis =
+//   Linear
+// The arithmetic is torch's; what torch lacks (padding adjoints, asymmetric padding, shapes where it is wrong) is here.
+#pragma once
+#include <ATen/ATen.h>
+
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace convbn {
+
+enum class PaddingMode { zeros, circular, reflect, replicate };
+PaddingMode parse_padding_mode(std::string_view name);
+
+struct ConvGeometry {
+  std::vector<int64_t> stride;    // per spatial axis
+  std::vector<int64_t> padding;   // (lo, hi) per spatial axis, first spatial axis first
+  std::vector<int64_t> dilation;  // per spatial axis
+  int64_t groups = 1;
+  PaddingMode mode = PaddingMode::zeros;
+
+  int64_t axes() const { return static_cast<int64_t>(stride.size()); }
+  bool pads() const;             // any padding at all
+  bool pads_explicitly() const;  // padding that torch's convolution cannot do itself
+  std::vector<int64_t> padded_sizes(at::IntArrayRef input_sizes) const;
+  std::vector<int64_t> output_sizes(at::IntArrayRef input_sizes, at::IntArrayRef weight_sizes) const;
+};
+
+at::Tensor pad(const at::Tensor& x, const ConvGeometry& geometry);
+at::Tensor pad_adjoint(const at::Tensor& grad, at::IntArrayRef input_sizes, const ConvGeometry& geometry);
+
+at::Tensor convolve(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& geometry);
+at::Tensor convolve_adjoint_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_sizes,
+                                  const ConvGeometry& geometry);
+at::Tensor convolve_adjoint_weight(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_sizes,
+                                   const ConvGeometry& geometry);
+
+// Both adjoints in one call; what is not needed comes back undefined.
+std::tuple<at::Tensor, at::Tensor> convolve_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& weight, const ConvGeometry& geometry,
+                                                     bool needs_input, bool needs_weight);
+
+}  // namespace convbn

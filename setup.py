@@ -32,7 +32,9 @@ DEBUG = os.environ.get("DEBUG", "0") == "1"
 MIN_TORCH = (2, 10)
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
-    sys.exit(f"convbn_ext: needs torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}, found {torch.__version__}: pip install -U torch")
+    sys.exit(
+        f"convbn_ext: needs torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}, found {torch.__version__}: pip install -U torch"
+    )
 
 
 def cuda_wanted() -> bool:

@@ -2,8 +2,15 @@
 // The backends (cpu/, cuda/) register their own implementations.
 #include <torch/extension.h>
 
+namespace convbn {
+void bind_linear_maps(pybind11::module_& m);  // linear_map.cpp
+}
+
 TORCH_LIBRARY(convbn_ext, m)
 {
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) { m.doc() = "Compiled part of convbn_ext"; }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Compiled part of convbn_ext";
+  convbn::bind_linear_maps(m);
+}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from itertools import pairwise
+from pathlib import Path
 
 _BUILD = "pip install --no-build-isolation ."
 
@@ -12,6 +15,30 @@ def _release(version: str) -> str:
 
 
 def load_extension() -> None:
+    """Load the extension; a broken one must not keep ``python -m convbn_ext doctor`` from saying what is wrong.
+
+    Raises:
+        ImportError: see `_load`.
+    """
+    try:
+        _load()
+    except ImportError as error:
+        if not _doctor_is_asked(sys.orig_argv):
+            raise
+        from . import doctor
+
+        sys.exit(doctor.main(error))
+
+
+def _doctor_is_asked(command: list[str]) -> bool:
+    """Whether the process is ``python -m convbn_ext doctor`` or ``convbn doctor``."""
+    return any(
+        Path(program).name in ("convbn", "convbn_ext") and argument == "doctor"
+        for program, argument in pairwise(command)
+    )
+
+
+def _load() -> None:
     """Import torch and then convbn_ext._C, which registers the operators.
 
     Raises:

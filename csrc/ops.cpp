@@ -12,5 +12,10 @@ TORCH_LIBRARY(convbn_ext, m)
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled part of convbn_ext";
+#ifdef __clang__
+  m.attr("compiler") = __VERSION__;  // begins with "Clang"
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
   convbn::bind_linear_maps(m);
 }

@@ -38,6 +38,19 @@ demo: build  ## the main job: train on real digits, invert real image crops (wri
 test: build  ## the whole CPU test suite
 	$(PY) -m pytest
 
+# Fibers come from boost.context, a system package; root installs it, anybody else is told how.
+BOOST := /usr/include/boost/context/detail/fcontext.hpp
+LIBASAN = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)
+
+$(BOOST):
+	@test "$$(id -u)" = 0 || { echo "make simt needs boost.context:  sudo apt-get install libboost-context-dev"; exit 1; }
+	apt-get update -qq && apt-get install -y -qq libboost-context-dev
+
+simt: build $(BOOST)  ## the CUDA kernels executed on the CPU: values, races, bounds, traffic
+	$(MAKE) --no-print-directory -C tests/simt -j$(MAX_JOBS)
+	$(PY) -m pytest tests/simt
+	SIMT_BUILD=asan ASAN_OPTIONS=detect_leaks=0:halt_on_error=0:suppress_equal_pcs=0 LD_PRELOAD="$(LIBASAN)" $(PY) -m pytest tests/simt
+
 lint: venv  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

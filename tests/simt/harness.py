@@ -1,0 +1,170 @@
+"""Run CUDA kernels on the CPU from Python: tensors in guarded buffers, three builds, reports and traffic.
+
+Each test runs in the plain and in the instrumented build; with ``SIMT_BUILD=asan`` (and libasan preloaded, see the
+Makefile) in the sanitizers' build instead.
+"""
+
+import ctypes
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+LIBRARIES = Path(os.environ.get("SIMT_OUT", ROOT / "build" / "simt"))
+BUILDS = (os.environ["SIMT_BUILD"],) if "SIMT_BUILD" in os.environ else ("plain", "instrumented")
+SOURCE_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
+ORDERS = ("ascending", "descending", "random")
+
+
+def why_not() -> str | None:
+    """Why the harness cannot run here, or None."""
+    sources = [p for folder in (HERE, ROOT / "csrc" / "cuda") for p in folder.iterdir() if p.suffix in SOURCE_SUFFIXES]
+    newest = max(p.stat().st_mtime for p in sources)
+    for build in BUILDS:
+        library = LIBRARIES / f"libsimt_{build}.so"
+        if not library.exists():
+            return "the CUDA kernels are executed by `make simt`, which has not been run here"
+        if library.stat().st_mtime < newest:
+            return "build/simt is older than the kernels: run `make simt`"
+    return None
+
+
+@dataclass(frozen=True)
+class Report:
+    kind: str
+    kernel: str
+    line: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one instruction moved: 32-byte sectors of a global buffer, or passes over the banks of shared memory."""
+
+    kernel: str
+    line: str
+    region: str
+    space: str
+    mode: str
+    requests: int
+    bytes: int
+    moved: int
+    ideal: int
+
+
+class Buffer:
+    """A tensor's copy in device memory: guard zones around it, read-only if the kernel must not write it."""
+
+    def __init__(self, simulator: "Simulator", tensor: torch.Tensor, name: str, read_only: bool, offset: int):
+        assert tensor.is_contiguous()
+        self.tensor, self.name, self.bytes, self.read_only = (
+            tensor,
+            name,
+            tensor.numel() * tensor.element_size(),
+            read_only,
+        )
+        self._library = simulator.library
+        self.address = self._library.simt_allocate(self.bytes, offset, name.encode(), int(read_only))
+        assert self.address
+        ctypes.memmove(self.address, tensor.data_ptr(), self.bytes)
+
+    def read(self) -> torch.Tensor:
+        """What the device memory holds now."""
+        result = torch.empty_like(self.tensor)
+        ctypes.memmove(result.data_ptr(), self.address, self.bytes)
+        return result
+
+    def free(self) -> None:
+        if self.read_only:
+            assert torch.equal(self.read().view(torch.uint8), self.tensor.view(torch.uint8)), f"{self.name} was written"
+        assert self._library.simt_free(self.address), f"a kernel wrote beside {self.name}"
+
+
+class Simulator:
+    """One build of the kernels.
+
+    >>> sim = Simulator("plain")
+    >>> out = sim.output("out", torch.zeros(1))
+    >>> sim.run("clean_sum", sim.input("x", x), out, n)
+    >>> out.read()
+    """
+
+    def __init__(self, build: str):
+        self.build = build
+        self.library = ctypes.CDLL(str(LIBRARIES / f"libsimt_{build}.so"))
+        self.library.simt_allocate.restype = ctypes.c_void_p
+        self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_int]
+        self.library.simt_free.argtypes = [ctypes.c_void_p]
+        self.library.simt_reports.restype = ctypes.c_char_p
+        self.library.simt_traffic.restype = ctypes.c_char_p
+        self._buffers: list[Buffer] = []
+        self._stderr = ""
+
+    def schedule(self, order: str, seed: int = 1, preempt: int = 0) -> None:
+        """Order of blocks and lanes; the instrumented build can also switch lanes at one in ``preempt`` accesses."""
+        self.library.simt_configure(ORDERS.index(order), seed, preempt)
+
+    def input(self, name: str, tensor: torch.Tensor, offset: int = 0) -> Buffer:
+        self._buffers.append(Buffer(self, tensor.contiguous(), name, True, offset))
+        return self._buffers[-1]
+
+    def output(self, name: str, tensor: torch.Tensor, offset: int = 0) -> Buffer:
+        """A buffer that kernels may write; fill it with NaN, so that an element nobody writes is seen."""
+        self._buffers.append(Buffer(self, tensor.contiguous(), name, False, offset))
+        return self._buffers[-1]
+
+    def run(self, kernel: str, *arguments: Buffer | int | float | None) -> None:
+        """Call an exported launcher; ints are passed as int64, floats as double, None as a null pointer."""
+        function = getattr(self.library, kernel)
+        function.restype = ctypes.c_int
+        converted = []
+        for argument in arguments:
+            if argument is None or isinstance(argument, Buffer):
+                converted.append(ctypes.c_void_p(argument.address if argument else None))
+            else:
+                converted.append(ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
+        with tempfile.TemporaryFile() as caught:  # undefined-behaviour reports come on stderr
+            saved = os.dup(2)
+            os.dup2(caught.fileno(), 2)
+            try:
+                function(*converted)
+            finally:
+                os.dup2(saved, 2)
+                os.close(saved)
+            caught.seek(0)
+            self._stderr += caught.read().decode(errors="replace")
+
+    def reports(self) -> list[Report]:
+        """What the engine and the sanitizers have found since the last call."""
+        found = [Report(*line.split("|", 3)) for line in self.library.simt_reports().decode().splitlines()]
+        for line in self._stderr.splitlines():
+            if "runtime error:" in line:
+                where, text = line.split(": runtime error: ", 1)
+                found.append(Report("undefined-behaviour", "", Path(where).name, text))
+        self._stderr = ""
+        return found
+
+    def traffic(self) -> list[Traffic]:
+        """Per instruction and buffer, since the last call (instrumented build)."""
+        rows = [line.split("|") for line in self.library.simt_traffic().decode().splitlines()]
+        return [Traffic(*row[:5], *map(int, row[5:])) for row in rows]
+
+    def close(self) -> None:
+        """Free the buffers; guard zones and inputs must be untouched."""
+        buffers, self._buffers = self._buffers, []
+        for buffer in buffers:
+            buffer.free()
+
+
+_simulators: dict[str, Simulator] = {}
+
+
+def simulator(build: str) -> Simulator:
+    """The build's library, loaded once."""
+    if build not in _simulators:
+        _simulators[build] = Simulator(build)
+    return _simulators[build]

@@ -44,7 +44,8 @@ def cuda_wanted() -> bool:
     if cpp_extension.CUDA_HOME is None and shutil.which("nvcc") is None:
         sys.exit(
             f"convbn_ext: torch {torch.__version__} has CUDA {torch.version.cuda}, but nvcc was not found.\n"
-            "  put nvcc on PATH or set CUDA_HOME, or build for the CPU alone:  USE_CUDA=0 pip install --no-build-isolation ."
+            "  put nvcc on PATH or set CUDA_HOME, or build for the CPU alone:\n"
+            "  USE_CUDA=0 pip install --no-build-isolation ."
         )
     return True
 

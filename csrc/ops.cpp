@@ -3,11 +3,16 @@
 #include <torch/extension.h>
 
 namespace convbn {
+void bind_gmres(pybind11::module_& m);        // gmres_bindings.cpp
 void bind_linear_maps(pybind11::module_& m);  // linear_map.cpp
 }
 
 TORCH_LIBRARY(convbn_ext, m)
 {
+  // krylov.h
+  m.def("krylov_orthonormalize(Tensor(a!)[] V, Tensor rows, int k, Tensor w) -> Tensor");
+  m.def("krylov_combine(Tensor[] V, Tensor rows, Tensor y) -> Tensor");
+  m.def("krylov_norms(Tensor x) -> Tensor");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -18,4 +23,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = "GCC " __VERSION__;
 #endif
   convbn::bind_linear_maps(m);
+  convbn::bind_gmres(m);
 }

@@ -1,0 +1,386 @@
+// Krylov verbs on the CPU.
+//
+//   A vector of n scalars is cut into chunks of 4 KiB or less (by n, k and the dtype alone). One chunk of w stays in
+//   the L1 cache, the same chunk of all k basis vectors in the L2 cache, so CGS2 reads the basis from memory three
+//   times: (1) h = Vᴴw, (2) w −= V h and at once, on the same chunk, h' = Vᴴw, (3) w −= V h'. Chunk sums are formed in
+//   the working precision and merged in float64 in the order of the chunks. Work is split over systems, or over chunks
+//   when there are fewer systems than threads; either way the sums are the same.
+//
+// Inner loops: krylov_loops.h, once per instruction set; at::get_cpu_capability() (ATEN_CPU_CAPABILITY lowers it)
+// chooses.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/real.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../krylov.h"
+
+namespace baseline {
+namespace f32 {
+using real = float;
+#include "krylov_loops.h"
+}  // namespace f32
+namespace f64 {
+using real = double;
+#include "krylov_loops.h"
+}  // namespace f64
+}  // namespace baseline
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+namespace f32 {
+using real = float;
+#include "krylov_loops.h"
+}  // namespace f32
+namespace f64 {
+using real = double;
+#include "krylov_loops.h"
+}  // namespace f64
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")
+#endif
+namespace avx512 {
+namespace f32 {
+using real = float;
+#include "krylov_loops.h"
+}  // namespace f32
+namespace f64 {
+using real = double;
+#include "krylov_loops.h"
+}  // namespace f64
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace convbn {
+namespace {
+
+template <class real>
+struct Loops {
+  void (*dots)(const real* const* V, int64_t k, int64_t at, const real* w, int64_t n, double* out);
+  void (*update)(const real* const* V, int64_t k, int64_t at, const double* h, real* w, int64_t n);
+  void (*scale)(const real* x, real factor, real* y, int64_t n);
+  real (*amax)(const real* x, int64_t n);
+};
+
+#define CONVBN_LOOPS(isa, name) {isa::name::dots, isa::name::update, isa::name::scale, isa::name::amax}
+template <class real>
+const Loops<real>& loops() {
+  static const Loops<real> best = [] {
+    [[maybe_unused]] const std::string isa = at::get_cpu_capability();
+    if constexpr (std::is_same_v<real, float>) {
+#if defined(__x86_64__)
+      if (isa == "AVX512") return Loops<real> CONVBN_LOOPS(avx512, f32);
+      if (isa == "AVX2") return Loops<real> CONVBN_LOOPS(avx2, f32);
+#endif
+      return Loops<real> CONVBN_LOOPS(baseline, f32);
+    } else {
+#if defined(__x86_64__)
+      if (isa == "AVX512") return Loops<real> CONVBN_LOOPS(avx512, f64);
+      if (isa == "AVX2") return Loops<real> CONVBN_LOOPS(avx2, f64);
+#endif
+      return Loops<real> CONVBN_LOOPS(baseline, f64);
+    }
+  }();
+  return best;
+}
+#undef CONVBN_LOOPS
+
+constexpr int64_t kChunkBytes = 4096;     // a chunk of w and of four basis vectors fit in L1
+constexpr int64_t kBasisBytes = 1 << 20;  // a chunk of all basis vectors fits in L2
+constexpr int64_t kMinChunkBytes = 1024;  // below this the sums at the end of a chunk cost as much as the chunk
+
+// Length in reals of the chunks that a vector is cut into.
+template <class real>
+int64_t chunk_length(int64_t k) {
+  int64_t bytes = kChunkBytes;
+  while (bytes > kMinChunkBytes && k * bytes > kBasisBytes) bytes /= 2;
+  return bytes / int64_t(sizeof(real));
+}
+
+// Exponent e such that 2⁻ᵉ·x can be squared and summed without leaving the range; 0 wherever that holds for x itself.
+template <class real>
+int safe_exponent(double amax) {
+  constexpr int low = std::is_same_v<real, float> ? -30 : -400, high = std::is_same_v<real, float> ? 40 : 400;
+  if (amax == 0 || !std::isfinite(amax)) return 0;
+  int e = 0;
+  std::frexp(amax, &e);
+  return e < low || e > high ? e : 0;
+}
+
+// y ← 2⁻ᵉ x in two steps, since 2⁻ᵉ itself may be out of range.
+template <class real>
+void scale_by_power(const real* x, int e, real* y, int64_t n) {
+  loops<real>().scale(x, std::ldexp(real(1), -(e / 2)), y, n);
+  if (e != 0) loops<real>().scale(y, std::ldexp(real(1), -(e - e / 2)), y, n);
+}
+
+// A chunk of complex numbers is a chunk of reals (re, im, re, im, …), and complex sums are two real ones:
+//   vᴴw = Σ v·w + i Σ v·(Jw)  with  J(re, im) = (im, −re),     w − Σ hⱼvⱼ = w − Σ Re(hⱼ) vⱼ + J Σ Im(hⱼ) vⱼ.
+template <class real>
+void rotate(const real* w, real* Jw, int64_t n) {
+  for (int64_t i = 0; i < n; i += 2) Jw[i] = w[i + 1], Jw[i + 1] = -w[i];
+}
+
+// out = Vᴴw over one chunk: k real parts, then (complex) k imaginary ones.
+template <class real, int parts>
+void chunk_dots(const real* const* V, int64_t k, int64_t at, const real* w, int64_t n, double* out) {
+  if constexpr (parts == 1) {
+    loops<real>().dots(V, k, at, w, n, out);
+  } else {
+    real Jw[kChunkBytes / sizeof(real)];
+    rotate(w, Jw, n);
+    loops<real>().dots(V, k, at, w, n, out);
+    loops<real>().dots(V, k, at, Jw, n, out + k);
+  }
+}
+
+// w ← w − Σ_j h_j v_j over one chunk; h laid out like the dots.
+template <class real, int parts>
+void chunk_update(const real* const* V, int64_t k, int64_t at, const double* h, real* w, int64_t n) {
+  loops<real>().update(V, k, at, h, w, n);
+  if constexpr (parts == 2) {
+    real t[kChunkBytes / sizeof(real)] = {};
+    loops<real>().update(V, k, at, h + k, t, n);  // t = −Σ Im(h_j) v_j
+    for (int64_t i = 0; i < n; i += 2) w[i] -= t[i + 1], w[i + 1] += t[i];
+  }
+}
+
+// One vector per system, cut into chunks: calls work(system, chunk) for every pair, over threads when `split` is set.
+template <class Work>
+void for_each_chunk(int64_t first, int64_t last, int64_t chunks, bool split, const Work& work) {
+  if (!split) {
+    for (int64_t s = first; s < last; ++s)
+      for (int64_t c = 0; c < chunks; ++c) work(s, c);
+    return;
+  }
+  at::parallel_for(first * chunks, last * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) work(i / chunks, i % chunks);
+  });
+}
+
+// Runs body(first, last, split) over all systems: whole systems to threads, or, with too few of them, the chunks of
+// all.
+template <class Body>
+void over_systems(int64_t systems, const Body& body) {
+  if (systems < at::get_num_threads()) return body(int64_t(0), systems, true);
+  at::parallel_for(0, systems, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) body(s, s + 1, false);
+  });
+}
+
+// Addresses of the basis vectors of every active system: row(s)[j] → v_j of system s, as reals.
+template <class scalar_t, class real>
+class BasisRows {
+ public:
+  BasisRows(at::TensorList V, const at::Tensor& rows, int64_t k) : k_(k), pointers_(rows.numel() * k) {
+    const int64_t* slot = rows.const_data_ptr<int64_t>();
+    int64_t j = 0;
+    for (const at::Tensor& block : V) {
+      for (int64_t i = 0; i < block.size(0) && j < k; ++i, ++j) {
+        auto* vectors = reinterpret_cast<real*>(block.data_ptr<scalar_t>() + i * block.stride(0));
+        const int64_t stride = block.stride(1) * int64_t(sizeof(scalar_t) / sizeof(real));
+        for (int64_t s = 0; s < rows.numel(); ++s) pointers_[s * k + j] = vectors + slot[s] * stride;
+      }
+    }
+    TORCH_CHECK(j == k, "krylov: the basis holds ", j, " vectors, ", k, " are asked for");
+  }
+  real* const* operator[](int64_t s) const { return pointers_.data() + s * k_; }
+
+ private:
+  int64_t k_;
+  std::vector<real*> pointers_;
+};
+
+// The arithmetic of orthonormalize on raw pointers; see the head of the file.
+template <class real, int parts>
+class Cgs2 {
+ public:
+  // V[s][0 … k−1] are the basis, V[s][k] receives the new vector; w has n reals per system; out (systems, k + 2).
+  template <class Rows>
+  Cgs2(const Rows& V, int64_t systems, int64_t k, const real* w, int64_t n, c10::complex<double>* out)
+      : k_(k),
+        n_(n),
+        length_(chunk_length<real>(k)),
+        chunks_(std::max<int64_t>((n + length_ - 1) / length_, 1)),
+        w_(w),
+        out_(out),
+        V_(systems),
+        partial_(systems * chunks_ * (width() + 1)),
+        h_(systems * width()),
+        exponent_(systems, 0),
+        factor_(systems, 0) {
+    for (int64_t s = 0; s < systems; ++s) V_[s] = V[s];
+  }
+
+  void run(int64_t first, int64_t last, bool split) {
+    const auto chunks = [&](const auto& work) {
+      for_each_chunk(first, last, chunks_, split, [&](int64_t s, int64_t c) {
+        const int64_t at = c * length_;
+        work(s, c, at, V_[s][k_] + at, std::min(length_, n_ - at));
+      });
+    };
+    const auto project = [&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // Vᴴv and vᴴv of one chunk
+      chunk_dots<real, parts>(V_[s], k_, at, v, n, sums(s, c));
+      loops<real>().dots(&v, 1, 0, v, n, sums(s, c) + parts * k_);
+    };
+
+    chunks([&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // v ← w, first projection
+      scale_by_power(w_ + s * n_ + at, 0, v, n);
+      sums(s, c)[width()] = loops<real>().amax(v, n);
+      project(s, c, at, v, n);
+    });
+    if (choose_exponents(first, last))
+      chunks([&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {
+        if (exponent_[s] == 0) return;
+        scale_by_power(v, exponent_[s], v, n);
+        project(s, c, at, v, n);
+      });
+    for (int64_t s = first; s < last; ++s) merge(s, 1);
+
+    if (k_ > 0) {
+      chunks([&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // v ← v − V h, second projection
+        chunk_update<real, parts>(V_[s], k_, at, h(s), v, n);
+        project(s, c, at, v, n);
+      });
+      for (int64_t s = first; s < last; ++s) merge(s, 2);
+      chunks([&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // v ← v − V h'
+        chunk_update<real, parts>(V_[s], k_, at, h(s), v, n);
+        loops<real>().dots(&v, 1, 0, v, n, sums(s, c) + parts * k_);
+      });
+      for (int64_t s = first; s < last; ++s) merge(s, 3);
+    }
+    chunks([&](int64_t s, int64_t, int64_t, real* v, int64_t n) { loops<real>().scale(v, factor_[s], v, n); });
+  }
+
+ private:
+  // Per chunk: the parts·k dots, the square of the norm, and the largest entry.
+  int64_t width() const { return parts * k_ + 1; }
+  double* sums(int64_t s, int64_t c) { return partial_.data() + (s * chunks_ + c) * (width() + 1); }
+  double* h(int64_t s) { return h_.data() + s * width(); }
+
+  bool choose_exponents(int64_t first, int64_t last) {
+    bool any = false;
+    for (int64_t s = first; s < last; ++s) {
+      double amax = 0;
+      for (int64_t c = 0; c < chunks_; ++c) amax = std::max(amax, sums(s, c)[width()]);
+      exponent_[s] = safe_exponent<real>(amax);
+      any |= exponent_[s] != 0;
+    }
+    return any;
+  }
+
+  // Adds up the chunks in their order; after pass 1 the coefficients are set, after pass 2 corrected; norms on the way.
+  void merge(int64_t s, int pass) {
+    double* total = h(s);
+    std::fill(total, total + width(), 0.0);
+    for (int64_t c = 0; c < chunks_; ++c)
+      for (int64_t i = pass == 3 ? width() - 1 : 0; i < width(); ++i) total[i] += sums(s, c)[i];
+    const double norm = std::sqrt(total[width() - 1]);
+    c10::complex<double>* column = out_ + s * (k_ + 2);
+    const auto unscaled = [&](double v) { return std::ldexp(v, exponent_[s]); };
+    for (int64_t j = 0; pass < 3 && j < k_; ++j) {
+      const c10::complex<double> term(unscaled(total[j]), parts == 2 ? unscaled(total[k_ + j]) : 0.0);
+      column[j] = pass == 1 ? term : column[j] + term;
+    }
+    column[k_] = unscaled(norm);
+    if (pass == 1) column[k_ + 1] = unscaled(norm);
+    factor_[s] = norm > 0 ? real(1 / norm) : real(0);
+  }
+
+  const int64_t k_, n_, length_, chunks_;
+  const real* w_;
+  c10::complex<double>* out_;
+  std::vector<real* const*> V_;
+  std::vector<double> partial_, h_;
+  std::vector<int> exponent_;
+  std::vector<real> factor_;
+};
+
+at::Tensor orthonormalize_cpu(at::TensorList V, const at::Tensor& rows, int64_t k, const at::Tensor& w) {
+  const at::Tensor vectors = w.resolve_conj().contiguous();
+  const int64_t systems = rows.numel();
+  at::Tensor H = at::empty({systems, k + 2}, w.options().dtype(at::kComplexDouble));
+  AT_DISPATCH_FLOATING_AND_COMPLEX_TYPES(w.scalar_type(), "krylov_orthonormalize", [&] {
+    using real = c10::scalar_value_type<scalar_t>::type;
+    constexpr int parts = sizeof(scalar_t) / sizeof(real);
+    const BasisRows<scalar_t, real> basis(V, rows, k + 1);
+    Cgs2<real, parts> cgs2(basis, systems, k, reinterpret_cast<const real*>(vectors.const_data_ptr<scalar_t>()),
+                           w.size(1) * parts, H.data_ptr<c10::complex<double>>());
+    over_systems(systems, [&](int64_t first, int64_t last, bool split) { cgs2.run(first, last, split); });
+  });
+  return H;
+}
+
+at::Tensor combine_cpu(at::TensorList V, const at::Tensor& rows, const at::Tensor& y) {
+  const int64_t systems = rows.numel(), K = y.size(1), n = V.front().size(2);
+  at::Tensor out = at::empty({systems, n}, V.front().options());
+  const auto coefficients = y.accessor<c10::complex<double>, 2>();
+  AT_DISPATCH_FLOATING_AND_COMPLEX_TYPES(out.scalar_type(), "krylov_combine", [&] {
+    using real = c10::scalar_value_type<scalar_t>::type;
+    constexpr int parts = sizeof(scalar_t) / sizeof(real);
+    const BasisRows<scalar_t, real> basis(V, rows, K);
+    real* sum = reinterpret_cast<real*>(out.data_ptr<scalar_t>());
+    std::vector<double> minus(systems * K * parts);  // the update subtracts
+    std::vector<int64_t> used(systems, 0);
+    for (int64_t s = 0; s < systems; ++s) {
+      for (int64_t j = 0; j < K; ++j)
+        if (coefficients[s][j] != 0.0) used[s] = j + 1;
+      for (int64_t j = 0; j < used[s]; ++j) {
+        minus[s * K * parts + j] = -coefficients[s][j].real();
+        if (parts == 2) minus[s * K * parts + used[s] + j] = -coefficients[s][j].imag();
+      }
+    }
+    const int64_t reals = n * parts, length = chunk_length<real>(K), chunks = (reals + length - 1) / length;
+    over_systems(systems, [&](int64_t first, int64_t last, bool split) {
+      for_each_chunk(first, last, chunks, split, [&](int64_t s, int64_t c) {
+        const int64_t at = c * length, size = std::min(length, reals - at);
+        std::fill_n(sum + s * reals + at, size, real(0));
+        chunk_update<real, parts>(basis[s], used[s], at, minus.data() + s * K * parts, sum + s * reals + at, size);
+      });
+    });
+  });
+  return out;
+}
+
+at::Tensor norms_cpu(const at::Tensor& x) {
+  // The norm is what normalising leaves in the column of an empty basis; the normalised vectors are scratch.
+  const at::Tensor scratch = at::empty({1, x.size(0), x.size(1)}, x.options());
+  return at::real(orthonormalize_cpu({scratch}, at::arange(x.size(0)), 0, x).select(1, 0)).contiguous();
+}
+
+}  // namespace
+}  // namespace convbn
+
+TORCH_LIBRARY_IMPL(convbn_ext, CPU, m)
+{
+  m.impl("krylov_orthonormalize", &convbn::orthonormalize_cpu);
+  m.impl("krylov_combine", &convbn::combine_cpu);
+  m.impl("krylov_norms", &convbn::norms_cpu);
+}

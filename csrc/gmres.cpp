@@ -205,8 +205,9 @@ class Gmres {
 
   // The status of a system between cycles, if it has one; success is what the true residual shows, nothing else.
   std::optional<Status> verdict(const System& s) const {
+    if (!std::isfinite(s.residual)) return Status::nonfinite;
     if (s.residual <= s.target) return Status::converged;
-    if (!std::isfinite(s.residual + s.gain) || s.end == End::nonfinite) return Status::nonfinite;
+    if (!std::isfinite(s.gain) || s.end == End::nonfinite) return Status::nonfinite;
     const bool held = s.gain <= kClaimMustHold, stuck = s.gain >= 1;
     if (s.end == End::exhausted && s.hessenberg.singular()) return Status::singular;
     if (s.end == End::exhausted && !held) return Status::breakdown;

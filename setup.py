@@ -74,6 +74,11 @@ def extension(with_cuda: bool):
     return cpp_extension.CUDAExtension("convbn_ext._C", sources(True), **options)
 
 
+def cuda_architectures() -> list[str]:
+    """What BuildExtension makes nvcc compile for, from TORCH_CUDA_ARCH_LIST or the GPUs here: sm_90, compute_90, …"""
+    return [flag.rpartition("code=")[2] for flag in cpp_extension._get_cuda_arch_flags()]
+
+
 class Build(cpp_extension.BuildExtension):
     """BuildExtension that also writes down which torch the library was built against."""
 
@@ -86,6 +91,7 @@ class Build(cpp_extension.BuildExtension):
 
 TORCH_VERSION = {str(torch.__version__)!r}
 CUDA_VERSION = {torch.version.cuda if WITH_CUDA else None!r}
+CUDA_ARCHITECTURES = {cuda_architectures() if WITH_CUDA else []!r}
 '''
         )
 

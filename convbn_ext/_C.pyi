@@ -1,5 +1,6 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 class LinearMap:
@@ -29,3 +30,37 @@ class ComposedMap(LinearMap):
 
 class AdjointMap(LinearMap):
     def __init__(self, map: LinearMap) -> None: ...
+
+class CallableMap(LinearMap):
+    def __init__(
+        self, apply: Callable[[Tensor], Tensor], apply_adjoint: Callable[[Tensor], Tensor] | None = None
+    ) -> None: ...
+
+class GmresResult:
+    x: Tensor
+    status: list[str]
+    iterations: list[int]
+    residual: Tensor
+    history: list[list[float]]
+    cycles: int
+    restart: int
+    basis_limited: bool
+
+def gmres(
+    A: LinearMap,
+    b: Tensor,
+    x0: Tensor | None = None,
+    M: LinearMap | None = None,
+    *,
+    rtol: float = ...,
+    atol: float = ...,
+    restart: int = ...,
+    maxiter: int = ...,
+    max_cycles: int = ...,
+    max_basis_bytes: int = ...,
+    flexible: bool = ...,
+    least_reduction: float = ...,
+    inner_dtype: torch.dtype | None = None,
+    on_step: Callable[[Tensor, Callable[[], Tensor]], None] | None = None,
+    on_cycle: Callable[[Tensor], None] | None = None,
+) -> GmresResult: ...

@@ -182,6 +182,11 @@ class ConvBNOperator:
             self.shape, matvec=apply, rmatvec=adjoint, matmat=apply, rmatmat=adjoint, dtype=numpy_dtype
         )
 
+    @property
+    def has_symbol(self) -> bool:
+        """Whether positions are kept: stride 1 and equal spatial sizes."""
+        return all(s == 1 for s in self.geometry.stride) and self.output_shape[1:] == self.input_shape[1:]
+
     def symbol(self, scaled: bool = True) -> Tensor:
         """Fourier blocks of the circulant operator with A's stencil (of W's when not ``scaled``).
 
@@ -195,7 +200,7 @@ class ConvBNOperator:
             ValueError: stride ≠ 1 or the spatial size changes, so that A has no symbol.
         """
         g, spatial = self.geometry, self.input_shape[1:] or (1,)
-        if any(s != 1 for s in g.stride) or self.output_shape[1:] != self.input_shape[1:]:
+        if not self.has_symbol:
             raise ValueError(
                 f"ConvBNOperator.symbol: needs stride 1 and equal spatial sizes, got stride {g.stride} and "
                 f"{self.input_shape[1:]} -> {self.output_shape[1:]}"

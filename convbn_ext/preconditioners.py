@@ -5,7 +5,7 @@
     circulant  L = Γ⁻¹,  M = the inverse of the circular convolution with W's stencil  (spec S15)
     callable   L = 1,    M = what the caller gives: residuals (B, C_out, *out) -> corrections (B, C_in, *spatial)
 
-GMRES sees L A M, so it monitors ‖L r‖; ‖r‖ ≤ ‖L r‖ / min L turns a target for r into one for L r.
+GMRES sees L A M, so it monitors ‖L r‖; ‖r‖ ≤ ‖L r‖ / min |L| turns a target for r into one for L r.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _C
 from .operator import ConvBNOperator
 
-Callback = Callable[[Tensor], Tensor]
+Correction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Preconditioned:
 
     left: Tensor
     matrix: _C.LinearMap
-    right: _C.LinearMap | Callback | None
+    right: _C.LinearMap | Correction | None
     steps: int
     note: str = ""
 
@@ -84,7 +84,7 @@ def circulant_inverse(op: ConvBNOperator, dtype: torch.dtype) -> tuple[_C.Circul
     return _C.CirculantMap(inverse, op.input_shape[1:] or (1,)), replaced
 
 
-def precondition(op: ConvBNOperator, which: str | Callback, dtype: torch.dtype) -> Preconditioned:
+def precondition(op: ConvBNOperator, which: str | Correction, dtype: torch.dtype) -> Preconditioned:
     """Prepare A z = r for GMRES with the preconditioner named.
 
     Args:

@@ -7,32 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import MODES, random_bn, random_layer
 from torch import nn
 
 import convbn_ext as cb
 from convbn_ext.errors import forward
-
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-BN = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-MODES = ["zeros", "circular", "reflect", "replicate"]
-
-
-def random_bn(axes, channels, **options):
-    bn = BN[axes](channels, **options).double().eval()
-    with torch.no_grad():
-        bn.running_mean.normal_()
-        bn.running_var.uniform_(0.5, 2)
-        if bn.affine:
-            bn.weight.normal_()
-            bn.bias.normal_()
-    return bn
-
-
-def layer(shape, out, kernel, seed=0, **options):
-    """A float64 layer with random parameters and statistics for inputs of shape (C, *spatial)."""
-    torch.manual_seed(seed)
-    axes = len(shape) - 1
-    return CONV[axes](shape[0], out, kernel, **options).double(), random_bn(axes, out)
 
 
 def dot(a, b):
@@ -66,7 +45,7 @@ CASES = [
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("shape", "out", "kernel", "options"), CASES)
 def test_operator_is_the_layer_its_matrix_and_its_adjoint(shape, out, kernel, options, mode):
-    conv, bn = layer(shape, out, kernel, padding_mode=mode, **options)
+    conv, bn = random_layer(shape, out, kernel, padding_mode=mode, **options)
     op = cb.ConvBNOperator(conv, bn, shape)
     z = torch.randn(3, *shape, dtype=torch.float64)
     with torch.no_grad():
@@ -117,7 +96,7 @@ def random_layers(draw):
 @given(random_layers(), st.integers(0, 2**31))
 def test_any_layer_has_matrix_and_adjoint(case, seed):
     shape, out, kernel, options = case
-    conv, bn = layer(shape, out, kernel, seed=seed, **options)
+    conv, bn = random_layer(shape, out, kernel, seed=seed, **options)
     op = cb.ConvBNOperator(conv, bn, shape)
     z = torch.randn(2, *shape, dtype=torch.float64)
     u = torch.randn(2, *op.output_shape, dtype=torch.float64)
@@ -141,7 +120,7 @@ def test_linear_layer():
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"affine": True}])
 def test_given_statistics_and_missing_affine(options):
-    conv, _ = layer((3, 6, 6), 3, 3, padding=1)
+    conv, _ = random_layer((3, 6, 6), 3, 3, padding=1)
     bn = nn.BatchNorm2d(3, track_running_stats=False, **options).double().eval()
     mean, var = torch.randn(3), torch.rand(3) + 0.5
     op = cb.ConvBNOperator(conv, bn, (7, 3, 6, 6), stats=(mean, var))
@@ -153,7 +132,7 @@ def test_given_statistics_and_missing_affine(options):
 
 
 def test_vector_forms_and_dtypes():
-    conv, bn = layer((3, 4, 5), 2, 3, padding=1)
+    conv, bn = random_layer((3, 4, 5), 2, 3, padding=1)
     op = cb.ConvBNOperator(conv.float(), bn, (3, 4, 5))
     z = torch.randn(2, 3, 4, 5)
     expected = op.matvec(z)
@@ -171,7 +150,7 @@ def test_vector_forms_and_dtypes():
 def test_to_scipy_works_inside_scipy():
     from scipy.sparse.linalg import gmres
 
-    conv, bn = layer((2, 4, 4), 2, 3, padding=1)
+    conv, bn = random_layer((2, 4, 4), 2, 3, padding=1)
     op = cb.ConvBNOperator(conv, bn, (2, 4, 4))
     A, matrix = op.to_scipy(), op.to_sparse().to_dense().numpy()
     v = np.random.default_rng(0).standard_normal((32, 3))
@@ -185,7 +164,9 @@ def test_to_scipy_works_inside_scipy():
 @pytest.mark.parametrize("shape", [(3, 5, 6), (4, 7), (2, 3, 4, 5)])
 def test_symbol_of_a_circular_layer_holds_its_singular_values(shape):
     axes = len(shape) - 1
-    conv, bn = layer(shape, shape[0], 3, padding=1, padding_mode="circular", groups=2 if shape[0] % 2 == 0 else 1)
+    conv, bn = random_layer(
+        shape, shape[0], 3, padding=1, padding_mode="circular", groups=2 if shape[0] % 2 == 0 else 1
+    )
     op = cb.ConvBNOperator(conv, bn, shape)
     matrix = op.to_sparse().to_dense()
     assert op.symbol_cond() == pytest.approx(float(torch.linalg.cond(matrix)), rel=1e-9)
@@ -195,13 +176,13 @@ def test_symbol_of_a_circular_layer_holds_its_singular_values(shape):
 
 
 def test_symbol_needs_stride_one():
-    conv, bn = layer((3, 6, 6), 3, 3, padding=1, stride=2)
+    conv, bn = random_layer((3, 6, 6), 3, 3, padding=1, stride=2)
     with pytest.raises(ValueError, match=r"needs stride 1 and equal spatial sizes, got stride \(2, 2\)"):
         cb.ConvBNOperator(conv, bn, (3, 6, 6)).symbol_cond()
 
 
 def test_channels_without_gamma_are_named():
-    conv, bn = layer((3, 5, 5), 4, 3, padding=1)
+    conv, bn = random_layer((3, 5, 5), 4, 3, padding=1)
     with torch.no_grad():
         bn.weight[1] = bn.weight[3] = 0
         bn.weight[2] = -2
@@ -213,7 +194,7 @@ def test_channels_without_gamma_are_named():
 
 
 def bad_operator(conv=None, bn=None, shape=(3, 6, 6), **options):
-    good_conv, good_bn = layer((3, 6, 6), 3, 3, padding=1)
+    good_conv, good_bn = random_layer((3, 6, 6), 3, 3, padding=1)
     return cb.ConvBNOperator(conv or good_conv, bn or good_bn, shape, **options)
 
 
@@ -260,7 +241,7 @@ def test_bad_input_is_named(call, error, message):
 
 
 def test_errors_in_three_norms():
-    conv, bn = layer((3, 6, 6), 3, 3, padding=1)
+    conv, bn = random_layer((3, 6, 6), 3, 3, padding=1)
     z_true = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     x = forward(z_true, conv, bn)
     torch.testing.assert_close(x, bn(conv(z_true)).detach(), rtol=1e-13, atol=1e-13)

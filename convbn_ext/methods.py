@@ -1,0 +1,135 @@
+"""The methods behind ``solve``: each takes right-hand sides in rows and returns an Outcome, row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .operator import ConvBNOperator
+from .preconditioners import Preconditioned
+
+BASIS_BYTES = 1 << 30  # ceiling for the Krylov basis; larger batches are solved in parts
+
+
+@dataclass
+class Outcome:
+    """Results of B systems.
+
+    Attributes:
+        z: (B, n) float64.
+        status: per row; "converged" here means that the method met its own target.
+        iterations: (B,) Arnoldi steps.
+        history: per row, relative residuals from the start on.
+        note: what the caller should know, or "".
+    """
+
+    z: Tensor
+    status: list[str]
+    iterations: Tensor
+    history: list[Tensor]
+    note: str = ""
+
+    @classmethod
+    def unsolved(cls, like: Tensor, n: int, status: str) -> Outcome:
+        """NaN for every row of ``like``."""
+        B = len(like)
+        return cls(
+            like.new_full((B, n), math.nan), [status] * B, torch.zeros(B, dtype=torch.long), [like.new_empty(0)] * B
+        )
+
+    def put(self, rows: Tensor, part: Outcome) -> None:
+        """Take over the results of some rows."""
+        self.z[rows] = part.z
+        self.iterations[rows.cpu()] = part.iterations
+        for i, row in enumerate(rows.tolist()):
+            self.status[row], self.history[row] = part.status[i], part.history[i]
+        self.note = part.note
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a row counts as solved: ‖r‖ ≤ norm (B,), with relative residuals measured against scale (B,)."""
+
+    norm: Tensor
+    scale: Tensor
+
+    def __getitem__(self, rows: Tensor | slice) -> Target:
+        return Target(self.norm[rows], self.scale[rows])
+
+
+@dataclass(frozen=True)
+class KrylovOptions:
+    """restart and maxiter as in ``solve``; dtype of the Arnoldi vectors; on_step gets rows and relative residuals."""
+
+    dtype: torch.dtype
+    restart: int | None = None
+    maxiter: int | None = None
+    on_step: Callable[[slice, Tensor], None] | None = None
+
+
+def gmres(
+    op: ConvBNOperator, system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target, options: KrylovOptions
+) -> Outcome:
+    """Solve A z = rhs by right-preconditioned GMRES in cycles, with float64 residuals between them.
+
+    Each row is divided by its target, so that "solved" is ‖residual‖ ≤ 1 for all of them and a row's path does not
+    depend on the others.
+
+    Args:
+        op: the operator, for n.
+        system: L A and M.
+        rhs: (B, m) float64.
+        z0: (B, n) float64 or None.
+        target: for ‖rhs − A z‖.
+        options: cycle length and limits.
+    """
+    B, n = rhs.shape
+    restart = min(options.restart or system.steps, n)
+    maxiter = options.maxiter or max(2 * n, 100)
+    vector_bytes = n * options.dtype.itemsize
+    part = max(1, min(B, BASIS_BYTES // ((restart + 1) * vector_bytes)))
+    unit = target.norm * system.left.abs().min()  # ‖L r‖ ≤ unit implies ‖r‖ ≤ target
+    unit = torch.where(unit > 0, unit, 1)[:, None]
+    to_relative = target.norm / torch.where(target.scale > 0, target.scale, 1)
+    M = system.right
+    if M is not None and not isinstance(M, _C.LinearMap):
+        M = _C.CallableMap(M)
+
+    result = Outcome.unsolved(rhs, n, "maxiter")
+    notes = []
+    for first in range(0, B, part):
+        rows = slice(first, first + part)
+        factor = to_relative[rows].cpu()
+
+        def report(norms: Tensor, _: object, rows: slice = rows, factor: Tensor = factor) -> None:
+            assert options.on_step is not None
+            options.on_step(rows, norms * factor)
+
+        solved = _C.gmres(
+            system.matrix,
+            rhs[rows] * system.left / unit[rows],
+            None if z0 is None else z0[rows] / unit[rows],
+            M,
+            rtol=0.0,
+            atol=1.0,
+            restart=restart,
+            maxiter=maxiter,
+            max_basis_bytes=max(BASIS_BYTES, 3 * vector_bytes),
+            inner_dtype=options.dtype,
+            on_step=report if options.on_step else None,
+        )
+        index = torch.arange(B)[rows]
+        history = [torch.tensor(h, dtype=torch.float64) * f for h, f in zip(solved.history, factor, strict=True)]
+        iterations = torch.tensor(solved.iterations)
+        result.put(index, Outcome(solved.x * unit[rows], solved.status, iterations, history))
+        if solved.basis_limited:
+            notes.append(f"the basis is limited to {BASIS_BYTES >> 20} MiB, so restart is {solved.restart}")
+    if options.restart is not None and options.restart < system.steps:
+        notes.append(f"restart {options.restart} is below the {system.steps} steps that convergence may need")
+    result.note = "; ".join(dict.fromkeys(notes))
+    return result

@@ -55,12 +55,12 @@ lint: venv  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(h|cpp|cuh|cu)$$' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(h|cpp|inl|cuh|cu)$$' | xargs -r $(BIN)/clang-format --dry-run -Werror
 
 format: venv  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(h|cpp|cuh|cu)$$' | xargs -r $(BIN)/clang-format -i
+	git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(h|cpp|inl|cuh|cu)$$' | xargs -r $(BIN)/clang-format -i
 
 clean:  ## everything that make has made
 	rm -rf $(VENV) build out *.egg-info convbn_ext/*.so convbn_ext/_build_info.py .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -5,9 +5,26 @@ from ._load import load_extension
 load_extension()
 
 from ._version import __version__  # noqa: E402
+from .conv_bn import conv_bn  # noqa: E402
 from .errors import errors  # noqa: E402
+from .fold import fold  # noqa: E402
+from .modules import ConvBN1d, ConvBN2d, ConvBN3d, LinearBN  # noqa: E402
 from .operator import ConvBNOperator  # noqa: E402
 from .receptive_field import receptive_field, receptive_field_of  # noqa: E402
 from .solve import SolveResult, solve  # noqa: E402
 
-__all__ = ["ConvBNOperator", "SolveResult", "__version__", "errors", "receptive_field", "receptive_field_of", "solve"]
+__all__ = [
+    "ConvBN1d",
+    "ConvBN2d",
+    "ConvBN3d",
+    "ConvBNOperator",
+    "LinearBN",
+    "SolveResult",
+    "__version__",
+    "conv_bn",
+    "errors",
+    "fold",
+    "receptive_field",
+    "receptive_field_of",
+    "solve",
+]

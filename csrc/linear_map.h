@@ -1,7 +1,7 @@
 // A linear map on a batch of flattened vectors, (B, n) → (B, m), one row per system and the same map for every row.
 //
-// Solvers see operators and preconditioners only through this class. GMRES calls `apply` with the rows that still iterate,
-// so B shrinks during a solve, and it may call it in float32 and float64 alike when the map says that it can.
+// Solvers see operators and preconditioners only through this class. GMRES calls `apply` with the rows that still
+// iterate, so B shrinks during a solve, and it may call it in float32 and float64 alike when the map says that it can.
 #pragma once
 #include <ATen/core/Tensor.h>
 

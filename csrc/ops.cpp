@@ -5,10 +5,21 @@
 namespace convbn {
 void bind_gmres(pybind11::module_& m);        // gmres_bindings.cpp
 void bind_linear_maps(pybind11::module_& m);  // linear_map.cpp
-}
+}  // namespace convbn
 
-TORCH_LIBRARY(convbn_ext, m)
-{
+TORCH_LIBRARY(convbn_ext, m) {
+  // conv_bn.h; padding is (lo, hi) per spatial axis; what is not asked for comes back empty
+  m.def(
+      "conv_bn_forward(Tensor input, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor? residual, Tensor? running_mean, Tensor? running_var, bool training, str memory, int[] stride, "
+      "int[] padding, int[] dilation, int groups, str padding_mode, float eps, str activation, float slope) "
+      "-> (Tensor out, Tensor y, Tensor mean, Tensor var)");
+  m.def(
+      "conv_bn_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? y, Tensor mean, Tensor var, "
+      "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, Tensor? out, bool training, str memory, int[] stride, "
+      "int[] padding, int[] dilation, int groups, str padding_mode, float eps, str activation, float slope, "
+      "bool[5] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bn_weight, Tensor grad_bn_bias, "
+      "Tensor grad_residual)");
   // krylov.h
   m.def("krylov_orthonormalize(Tensor(a!)[] V, Tensor rows, int k, Tensor w) -> Tensor");
   m.def("krylov_combine(Tensor[] V, Tensor rows, Tensor y) -> Tensor");

@@ -1,0 +1,366 @@
+"""Fused convolution + batch normalisation (+ residual + activation): the function and its autograd rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import Geometry
+
+_ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu", "hardswish")
+_MEMORY = ("save", "recompute", "invert")
+
+
+class Activation(NamedTuple):
+    """An activation as the operators take it; slope counts for leaky_relu alone."""
+
+    name: str
+    slope: float = 0.0
+
+
+def parse_activation(activation: str | nn.Module | None) -> Activation:
+    """Read an activation given as a name, "leaky_relu(0.2)", or a plain torch module.
+
+    Raises:
+        ValueError: the activation is not one of identity, relu, leaky_relu, silu, gelu (exact), hardswish.
+    """
+    if activation is None or isinstance(activation, nn.Identity):
+        return Activation("identity")
+    if isinstance(activation, nn.ReLU):
+        return Activation("relu")
+    if isinstance(activation, nn.LeakyReLU):
+        return Activation("leaky_relu", float(activation.negative_slope))
+    if isinstance(activation, nn.SiLU):
+        return Activation("silu")
+    if isinstance(activation, nn.GELU) and activation.approximate == "none":
+        return Activation("gelu")
+    if isinstance(activation, nn.Hardswish):
+        return Activation("hardswish")
+    if isinstance(activation, str):
+        if activation in _ACTIVATIONS:
+            return Activation(activation, 0.01 if activation == "leaky_relu" else 0.0)
+        match = re.fullmatch(r"leaky_relu\(([^()]+)\)", activation)
+        if match:
+            return Activation("leaky_relu", float(match.group(1)))
+    raise ValueError(
+        f"conv_bn: activation must be one of {', '.join(_ACTIVATIONS)} or leaky_relu(slope), got {activation!r}"
+    )
+
+
+def _per_axis(value: int | Sequence[int], name: str, axes: int) -> tuple[int, ...]:
+    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(values) == 1 and axes > 1:
+        values = values * axes
+    if len(values) != axes:
+        raise ValueError(f"conv_bn: {name} must be an int or {axes} ints, got {value!r}")
+    return values
+
+
+def expand_geometry(
+    kernel: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> Geometry:
+    """Expand torch's shorthands: ints to one per axis, 'same' and 'valid' to numbers.
+
+    Raises:
+        ValueError: a wrong number of values, an unknown word, or 'same' with a stride other than 1.
+    """
+    axes = len(kernel)
+    strides, dilations = _per_axis(stride, "stride", axes), _per_axis(dilation, "dilation", axes)
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"conv_bn: padding must be ints, 'same' or 'valid', got {padding!r}")
+        if padding == "same" and any(s != 1 for s in strides):
+            raise ValueError(f"conv_bn: padding='same' needs stride 1, got {stride!r}")
+        totals = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilations, kernel, strict=True)]
+        pads = tuple((total // 2, total - total // 2) for total in totals)
+    else:
+        pads = tuple((p, p) for p in _per_axis(padding, "padding", axes))
+    return Geometry(tuple(kernel), strides, pads, dilations, groups, padding_mode)
+
+
+def _check_tensors(input: Tensor, weight: Tensor, **others: Tensor | None) -> None:
+    """Devices and dtypes must agree; per-channel vectors of a half-precision layer may be float32."""
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        raise TypeError(
+            f"conv_bn: input and weight must be tensors, got {type(input).__name__}, {type(weight).__name__}"
+        )
+    half = input.dtype in (torch.bfloat16, torch.float16)
+    for name, tensor in {"weight": weight, **others}.items():
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            raise ValueError(f"conv_bn: {name} is on {tensor.device}, but input is on {input.device}")
+        vector = name not in ("weight", "residual")
+        if tensor.dtype != input.dtype and not (vector and half and tensor.dtype == torch.float32):
+            allowed = f"{input.dtype} or torch.float32" if vector and half else f"{input.dtype}"
+            raise ValueError(f"conv_bn: {name} must have dtype {allowed} like input, got {tensor.dtype}")
+
+
+def conv_bn(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    activation: str | nn.Module | None = "identity",
+    residual: Tensor | None = None,
+    memory: str = "save",
+    process_group: Any = None,
+) -> Tensor:
+    """Convolution, batch normalisation, residual sum and activation in one differentiable operator.
+
+    Equals ``act(F.batch_norm(F.convNd(pad(input), weight, bias, ...), running_mean, running_var, bn_weight, bn_bias,
+    training, momentum, eps) + residual)``; for 2-d input ``F.linear`` takes the convolution's place.
+    In training mode the convolution's bias cancels: it only moves running_mean, and its gradient is zero.
+
+    Args:
+        input: (N, C_in) or (N, C_in, *spatial) with 1 to 3 spatial axes; float64, float32, bfloat16 or float16.
+        weight: (C_out, C_in/groups, *kernel), or (C_out, C_in) for 2-d input.
+        bias: (C_out,).
+        bn_weight: γ, (C_out,); like all per-channel vectors in input's dtype, or float32 where that is half precision.
+        bn_bias: β, (C_out,).
+        running_mean: (C_out,), updated in training as ``(1 − momentum)·running + momentum·batch``.
+        running_var: (C_out,), updated likewise, with the unbiased variance.
+        training: batch statistics if true; running statistics otherwise.
+        momentum: weight of the new batch in the running statistics.
+        eps: added to the variance.
+        stride: int or one per axis.
+        padding: int, one per axis, 'same' or 'valid'.
+        dilation: int or one per axis.
+        groups: groups of channels.
+        padding_mode: zeros, circular, reflect or replicate.
+        activation: identity, relu, leaky_relu, leaky_relu(slope), silu, gelu or hardswish, or their torch modules.
+        residual: added before the activation, of the output's shape.
+        memory: what the backward pass starts from: "save" keeps the convolution's output y; "recompute" convolves
+            again; "invert" recovers y from the output (identity and leaky_relu, γ ≠ 0).
+        process_group: must be None; statistics are those of this process.
+
+    Returns:
+        (N, C_out, *out), in channels_last if the convolution's output is.
+
+    Raises:
+        ValueError: an argument of wrong shape, dtype, device or value; the message names it.
+    """
+    if process_group is not None:
+        raise ValueError("conv_bn: process_group must be None: statistics across processes are not available yet")
+    if memory not in _MEMORY:
+        raise ValueError(f"conv_bn: memory must be one of {', '.join(_MEMORY)}, got {memory!r}")
+    act = parse_activation(activation)
+    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = input.to(dtype), weight.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+    _check_tensors(
+        input,
+        weight,
+        bias=bias,
+        bn_weight=bn_weight,
+        bn_bias=bn_bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        residual=residual,
+    )
+    shape = expand_geometry(weight.shape[2:], stride, padding, dilation, groups, padding_mode)
+    differentiable = (input, weight, bias, bn_weight, bn_bias, residual)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    out, _, mean, var = torch.ops.convbn_ext.conv_bn_forward(
+        input,
+        weight,
+        bias,
+        bn_weight,
+        bn_bias,
+        residual,
+        running_mean,
+        running_var,
+        training,
+        memory if needs_grad else "none",
+        shape.stride,
+        [p for pair in shape.padding for p in pair],
+        shape.dilation,
+        groups,
+        padding_mode,
+        eps,
+        *act,
+    )
+    if training:
+        _update_running(running_mean, running_var, bias, mean, var, out, momentum)
+    return out
+
+
+@torch.no_grad()
+def _update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    out: Tensor,
+    momentum: float,
+) -> None:
+    """Running ← (1 − momentum)·running + momentum·batch, with the unbiased variance."""
+    if running_mean is not None:
+        batch_mean = mean if bias is None else mean + bias
+        running_mean.lerp_(batch_mean.to(running_mean.dtype), momentum)
+    if running_var is not None:
+        count = out.numel() // out.shape[1]
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
+# ---- torch.library: shapes without data, and gradients ----
+
+
+@torch.library.register_fake("convbn_ext::conv_bn_forward")
+def _forward_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    memory: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+    eps: float,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels = weight.shape[0]
+    if weight.dim() == 2:
+        y = input.new_empty((input.shape[0], channels))
+    else:
+        # torch's own convolution on fake tensors knows sizes and memory format
+        x = input.new_empty(_padded_sizes(input, padding)).to(memory_format=_format_of(input))
+        y = torch.ops.aten.convolution(
+            x, weight, None, stride, [0] * len(stride), dilation, False, [0] * len(stride), groups
+        )
+    mean, var = (input.new_empty(channels, dtype=torch.float64) for _ in range(2))
+    return torch.empty_like(y), y if memory == "save" else input.new_empty(0), mean, var
+
+
+def _padded_sizes(input: Tensor, padding: Sequence[int]) -> list[Any]:
+    spatial = [size + padding[2 * i] + padding[2 * i + 1] for i, size in enumerate(input.shape[2:])]
+    return [*input.shape[:2], *spatial]
+
+
+def _format_of(input: Tensor) -> torch.memory_format:
+    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if input.dim() == dims and input.is_contiguous(memory_format=memory_format) and not input.is_contiguous():
+            return memory_format
+    return torch.contiguous_format
+
+
+@torch.library.register_fake("convbn_ext::conv_bn_backward")
+def _backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    training: bool,
+    memory: str,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+    eps: float,
+    activation: str,
+    slope: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    like = (input, weight, bn_weight, bn_bias, grad_output)
+    return tuple(
+        torch.empty_like(t) if wanted and t is not None else input.new_empty(0)
+        for t, wanted in zip(like, output_mask, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep x, w, y and per-channel vectors; with residual and activation also out (or the residual itself)."""
+    input, weight, bias, bn_weight, bn_bias, residual, _, _, training, memory, *rest = inputs
+    out, y, mean, var = output
+    activation, slope = rest[-2:]
+    ctx.mark_non_differentiable(y, mean, var)
+    ctx.set_materialize_grads(False)
+    sign_in_out = activation == "relu" or (activation == "leaky_relu" and slope > 0)
+    needs_sign = residual is not None and activation != "identity"
+    invert = memory == "invert"
+    ctx.save_for_backward(
+        input,
+        weight,
+        y if memory == "save" else None,
+        mean,
+        var,
+        bn_weight,
+        bn_bias,
+        residual if invert or (needs_sign and not sign_in_out) else None,
+        out if invert or (needs_sign and sign_in_out) else None,
+    )
+    ctx.training, ctx.memory, ctx.rest, ctx.has_bias = training, memory, rest, bias is not None
+    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    count = 18  # arguments of conv_bn_forward
+    if grad_out is None:
+        return (None,) * count
+    needs_input, needs_weight, needs_bias, needs_bn_weight, needs_bn_bias, needs_residual = ctx.needs_input_grad[:6]
+    input, weight, y, mean, var, bn_weight, bn_bias, residual, out = ctx.saved_tensors
+    *shape, eps, activation, slope = ctx.rest
+    through_activation = needs_residual and activation != "identity"
+    frozen_bias = needs_bias and not ctx.training
+    mask = [needs_input, needs_weight, needs_bn_weight, needs_bn_bias or frozen_bias, through_activation]
+    grads = torch.ops.convbn_ext.conv_bn_backward(
+        grad_out, input, weight, y, mean, var, bn_weight, bn_bias, residual, out, ctx.training, ctx.memory,
+        *shape, eps, activation, slope, mask,
+    )  # fmt: skip
+    grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_residual = (
+        g if wanted else None for g, wanted in zip(grads, mask, strict=True)
+    )
+    grad_bias = None
+    if needs_bias:
+        bias_shape, bias_dtype = ctx.bias_like
+        if ctx.training:  # the mean takes it away again
+            grad_bias = weight.new_zeros(bias_shape, dtype=bias_dtype)
+        else:
+            scale = torch.rsqrt(var + eps) * (1 if bn_weight is None else bn_weight)
+            grad_bias = (scale * grads[3]).to(bias_dtype)
+    if needs_residual and not through_activation:
+        grad_residual = grad_out
+    grad_bn_bias = grad_bn_bias if needs_bn_bias else None
+    gradients = (grad_input, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias, grad_residual)
+    return gradients + (None,) * (count - len(gradients))
+
+
+torch.library.register_autograd("convbn_ext::conv_bn_forward", _backward, setup_context=_setup_context)

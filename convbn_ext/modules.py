@@ -1,0 +1,176 @@
+"""Drop-in layers: plain nn.Conv and nn.BatchNorm children, one fused operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .conv_bn import conv_bn, parse_activation
+
+_PAIRS: dict[type[Any], type[Any]] = {
+    nn.Linear: nn.BatchNorm1d,
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
+
+
+class _ConvBN(nn.Module):
+    """Children ``conv`` and ``bn`` hold all state, so state_dict keys are ``conv.*`` and ``bn.*``."""
+
+    _conv_type: type[Any]
+    conv: Any
+    bn: Any
+
+    def __init__(self, conv: Any, bn: Any, activation: str | nn.Module | None, memory: str) -> None:
+        super().__init__()
+        self.conv, self.bn = conv, bn
+        self.activation = activation
+        self.memory = memory
+        parse_activation(activation)
+
+    @classmethod
+    def from_modules(
+        cls, conv: Any, bn: Any, activation: str | nn.Module | None = None, *, memory: str = "save"
+    ) -> Self:
+        """Fuse existing modules; parameters and buffers are shared, not copied.
+
+        Args:
+            conv: the nn.Linear or nn.Conv that this class stands for.
+            bn: the nn.BatchNorm that follows it.
+            activation: a name or a torch module, see :func:`conv_bn`.
+            memory: see :func:`conv_bn`.
+
+        Raises:
+            TypeError: conv or bn is of another class.
+            ValueError: bn's features are not conv's output channels, or an unknown activation.
+        """
+        bn_type = _PAIRS[cls._conv_type]
+        if not isinstance(conv, cls._conv_type):
+            raise TypeError(f"{cls.__name__}: conv must be nn.{cls._conv_type.__name__}, got {type(conv).__name__}")
+        if not isinstance(bn, bn_type):
+            raise TypeError(f"{cls.__name__}: bn must be nn.{bn_type.__name__}, got {type(bn).__name__}")
+        channels = conv.weight.shape[0]
+        if bn.num_features != channels:
+            raise ValueError(
+                f"{cls.__name__}: bn has {bn.num_features} features, but conv has {channels} output channels"
+            )
+        layer = cls.__new__(cls)
+        _ConvBN.__init__(layer, conv, bn, activation, memory)
+        return layer.train(bn.training)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(bn(conv(input)) + residual), with the running statistics updated once in training mode."""
+        conv, bn = self.conv, self.bn
+        if input.dim() != conv.weight.dim():
+            raise ValueError(
+                f"{type(self).__name__}: input must have {conv.weight.dim()} dimensions, "
+                f"a batch of {'vectors' if conv.weight.dim() == 2 else 'images'}, got shape {tuple(input.shape)}"
+            )
+        momentum = bn.momentum
+        if bn.training and bn.track_running_stats:
+            bn.num_batches_tracked.add_(1)
+            if momentum is None:  # cumulative average
+                momentum = 1.0 / float(bn.num_batches_tracked)
+        shape: dict[str, Any] = {}
+        if not isinstance(conv, nn.Linear):
+            shape = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        tracked = not bn.training or bn.track_running_stats
+        return conv_bn(
+            input,
+            conv.weight,
+            conv.bias,
+            bn_weight=bn.weight,
+            bn_bias=bn.bias,
+            running_mean=bn.running_mean if tracked else None,
+            running_var=bn.running_var if tracked else None,
+            training=bn.training or bn.running_mean is None,
+            momentum=0.0 if momentum is None else momentum,
+            eps=bn.eps,
+            activation=self.activation,
+            residual=residual,
+            memory=self.memory,
+            **shape,
+        )
+
+    def extra_repr(self) -> str:
+        """Activation and memory mode."""
+        return f"activation={self.activation!r}, memory={self.memory!r}"
+
+
+class _ConvBNd(_ConvBN):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | str | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str | nn.Module | None = "identity",
+        memory: str = "save",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        conv = self._conv_type(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        bn = _PAIRS[self._conv_type](
+            out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        super().__init__(conv, bn, activation, memory)
+
+
+class ConvBN1d(_ConvBNd):
+    """nn.Conv1d, nn.BatchNorm1d, residual sum and activation: (N, C_in, L) → (N, C_out, L_out)."""
+
+    _conv_type = nn.Conv1d
+
+
+class ConvBN2d(_ConvBNd):
+    """nn.Conv2d, nn.BatchNorm2d, residual sum and activation: (N, C_in, H, W) → (N, C_out, H_out, W_out)."""
+
+    _conv_type = nn.Conv2d
+
+
+class ConvBN3d(_ConvBNd):
+    """nn.Conv3d, nn.BatchNorm3d, residual sum and activation: (N, C_in, D, H, W) → (N, C_out, D_out, H_out, W_out)."""
+
+    _conv_type = nn.Conv3d
+
+
+class LinearBN(_ConvBN):
+    """nn.Linear, nn.BatchNorm1d, residual sum and activation: (N, in_features) → (N, out_features)."""
+
+    _conv_type = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        activation: str | nn.Module | None = "identity",
+        memory: str = "save",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        bn = nn.BatchNorm1d(out_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        super().__init__(linear, bn, activation, memory)

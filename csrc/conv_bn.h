@@ -1,0 +1,198 @@
+// out = act(BN(w ⋆ x) + residual), forward and backward, written once for all backends.
+//
+//   y = w ⋆ x;  per channel over all m = N·∏spatial values: μ = mean(y), σ² = mean((y − μ)²);  s = γ/√(σ² + ε)
+//   out = act((y − μ)·s + β + residual)
+//   g = grad·act′;  dβ = Σg,  dγ = Σg·(y − μ)/√(σ² + ε);  dy = s·(g − dβ/m − x̂·dγ/m);  dx, dw = adjoints of ⋆
+// With frozen statistics (eval) dy = s·g. The convolution's own bias shifts y and μ alike: it cancels in training and
+// moves μ to running_mean − bias in eval, so it is never added to y.
+//
+// A backend is a struct of five static kernels over y (see `Kernels` below); conv_bn_cpu.cpp and conv_bn_cuda.cpp each
+// instantiate the two operators with theirs and register them.
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+
+#include <array>
+#include <optional>
+#include <string>
+
+#include "activation.h"
+#include "convolution.h"
+
+namespace convbn {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+Activation parse_activation(std::string_view name);
+enum class Memory { none, save, recompute, invert };  // none: there will be no backward pass
+Memory parse_memory(std::string_view name);
+
+// Everything about a call that is not a tensor.
+struct ConvBnOptions {
+  ConvGeometry geometry;
+  Activation activation = Activation::identity;
+  double slope = 0;
+  double eps = 0;
+  bool training = false;
+};
+
+// Argument checks and output sizes, once for all backends; throws ValueError naming the argument.
+struct ConvBnShape {
+  std::vector<int64_t> output_sizes;
+  int64_t channels = 0;
+  int64_t count = 0;  // values per channel
+
+  static ConvBnShape checked(const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                             const OptionalTensor& residual, const OptionalTensor& running_mean,
+                             const OptionalTensor& running_var, const ConvBnOptions& options);
+};
+
+// What the kernels see: y (N, C, *) in either memory format, per-channel vectors (C,) in float64.
+// residual, out, grad and grad_y have y's strides.
+struct BnForward {
+  at::Tensor y, residual;  // residual may be undefined
+  at::Tensor mean, scale, bias;
+  Activation activation = Activation::identity;
+  double slope = 0;
+};
+struct BnBackward : BnForward {
+  at::Tensor grad;
+  at::Tensor out;  // if defined, the activation's sign is read from it, and residual is not needed
+};
+// A backend:
+// struct Kernels {
+//   static std::tuple<Tensor, Tensor> statistics(const Tensor& y);                        // μ, σ² (biased), float64
+//   static void apply(const BnForward&, const Tensor& out);                               // out may be y
+//   static std::tuple<Tensor, Tensor> backward_reduce(const BnBackward&);                 // Σg, Σg·(y − μ), float64
+//   static void backward_apply(const BnBackward&, const Tensor& a, const Tensor& b, const Tensor& c,
+//                              const Tensor& grad_y, const Tensor& grad_residual);        // dy = a·g + b·(y − μ) + c
+//   static Tensor invert(const BnForward&, const Tensor& out);                            // y from out
+// };
+
+at::Tensor bn_scale(const at::Tensor& var, const OptionalTensor& bn_weight, double eps);
+at::Tensor bn_shift(const at::Tensor& mean, const OptionalTensor& bn_bias);
+at::Tensor like_layout(const at::Tensor& tensor, const at::Tensor& y);  // tensor with y's strides
+at::Tensor dense(const at::Tensor& y);                                  // y, contiguous or channels_last
+void check_invertible(const ConvBnOptions& options, const at::Tensor& scale);
+
+// Returns (out, y, mean, var). memory says what the backward pass will start from; y is empty unless it is "save".
+// With "none" and frozen statistics these are folded into the weights.
+template <class Kernels>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_forward(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, const OptionalTensor& residual, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, bool training, std::string_view memory, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view padding_mode, double eps,
+    std::string_view activation, double slope) {
+  const ConvBnOptions options{{stride.vec(), padding.vec(), dilation.vec(), groups, parse_padding_mode(padding_mode)},
+                              parse_activation(activation),
+                              slope,
+                              eps,
+                              training};
+  ConvBnShape::checked(input, weight, bias, bn_weight, bn_bias, residual, running_mean, running_var, options);
+
+  const Memory keep = parse_memory(memory);
+  const bool save_y = keep == Memory::save;
+  BnForward bn;
+  bn.activation = options.activation;
+  bn.slope = slope;
+  at::Tensor mean, var;
+  if (!training) {
+    mean = running_mean->to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
+    if (bias) mean = mean - *bias;
+    var = running_var->to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
+  }
+  if (training || keep != Memory::none) {
+    bn.y = dense(convolve(input, weight, options.geometry));
+    if (training) std::tie(mean, var) = Kernels::statistics(bn.y);
+    bn.mean = mean;
+    bn.scale = bn_scale(var, bn_weight, eps);
+    bn.bias = bn_shift(mean, bn_bias);
+    if (keep == Memory::invert) check_invertible(options, bn.scale);
+  } else {  // fold:  (w ⋆ x − μ)·s + β = (s·w) ⋆ x + (β − s·μ)
+    const at::Tensor scale = bn_scale(var, bn_weight, eps);
+    std::vector<int64_t> per_row(weight.dim(), 1);
+    per_row[0] = -1;
+    const at::Tensor folded =
+        (weight * scale.view(per_row).to(at::toOpMathType(weight.scalar_type()))).to(weight.scalar_type());
+    bn.y = dense(convolve(input, folded, options.geometry));
+    bn.mean = at::zeros_like(mean);
+    bn.scale = at::ones_like(scale);
+    bn.bias = bn_shift(mean, bn_bias) - scale * mean;
+  }
+  if (residual) bn.residual = like_layout(*residual, bn.y);
+  const at::Tensor out = save_y ? at::empty_like(bn.y) : bn.y;
+  if (out.numel() > 0) Kernels::apply(bn, out);
+  return {out, save_y ? bn.y : at::empty({0}, input.options()), mean, var};
+}
+
+// Returns the gradients of (input, weight, bn_weight, bn_bias, residual); those not in output_mask are empty.
+// memory says where y comes from: save (given), recompute (convolve again), invert (from out).
+template <class Kernels>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& y,
+    const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+    const OptionalTensor& residual, const OptionalTensor& out, bool training, std::string_view memory,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    std::string_view padding_mode, double eps, std::string_view activation, double slope,
+    std::array<bool, 5> output_mask) {
+  const ConvBnOptions options{{stride.vec(), padding.vec(), dilation.vec(), groups, parse_padding_mode(padding_mode)},
+                              parse_activation(activation),
+                              slope,
+                              eps,
+                              training};
+  const auto [needs_input, needs_weight, needs_bn_weight, needs_bn_bias, needs_residual] = output_mask;
+  BnBackward bn;
+  bn.activation = options.activation;
+  bn.slope = slope;
+  bn.mean = mean;
+  bn.scale = bn_scale(var, bn_weight, eps);
+  bn.bias = bn_shift(mean, bn_bias);
+  switch (parse_memory(memory)) {
+    case Memory::save:
+      bn.y = *y;
+      break;
+    case Memory::recompute:
+      bn.y = dense(convolve(input, weight, options.geometry));
+      break;
+    case Memory::invert:
+      check_invertible(options, bn.scale);
+      if (residual) bn.residual = like_layout(*residual, *out);
+      bn.y = Kernels::invert(bn, *out);
+  }
+  if (residual) bn.residual = like_layout(*residual, bn.y);
+  if (out) bn.out = like_layout(*out, bn.y);
+  bn.grad = like_layout(grad_output, bn.y);
+
+  const at::Tensor none = at::empty({0}, input.options());
+  at::Tensor grad_input = none, grad_weight = none, grad_bn_weight = none, grad_bn_bias = none, grad_residual = none;
+  const at::Tensor invstd = at::rsqrt(var + eps);
+  const bool needs_convolution = needs_input || needs_weight;
+  at::Tensor sum_g, sum_gd;
+  if (needs_bn_weight || needs_bn_bias || (training && needs_convolution)) {
+    std::tie(sum_g, sum_gd) = Kernels::backward_reduce(bn);
+    if (needs_bn_weight) grad_bn_weight = (sum_gd * invstd).to(bn_weight->scalar_type());
+    if (needs_bn_bias)
+      grad_bn_bias = sum_g.to(bn_bias ? bn_bias->scalar_type() : at::toOpMathType(input.scalar_type()));
+  }
+  if (needs_convolution || needs_residual) {
+    at::Tensor b = at::zeros_like(mean), c = b;
+    if (training) {  // dy = s·g − (s/m)·(Σg + (y − μ)·invstd²·Σg(y − μ))
+      const double m = static_cast<double>(bn.y.numel()) / mean.numel();
+      b = bn.scale * invstd * invstd * sum_gd * (-1 / m);
+      c = bn.scale * sum_g * (-1 / m);
+    }
+    const at::Tensor grad_y = at::empty_like(bn.y);
+    if (needs_residual) grad_residual = at::empty_like(bn.y);
+    Kernels::backward_apply(bn, bn.scale, b, c, grad_y, needs_residual ? grad_residual : at::Tensor());
+    if (needs_convolution) {
+      auto [dx, dw] = convolve_backward(grad_y, input, weight, options.geometry, needs_input, needs_weight);
+      if (needs_input) grad_input = dx;
+      if (needs_weight) grad_weight = dw;
+    }
+  }
+  return {grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_residual};
+}
+
+}  // namespace convbn

@@ -1,0 +1,24 @@
+// The loops for AVX-512.
+#include "bn_loops.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+namespace convbn::avx512 {
+#include "bn_loops.inl"
+}  // namespace convbn::avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace convbn {
+const BnLoopTables bn_loops_avx512 = avx512::all_tables();
+}
+#endif

@@ -26,6 +26,7 @@
 #include "../krylov.h"
 
 namespace baseline {
+enum { kWordBytes = 16 };
 namespace f32 {
 using real = float;
 #include "krylov_loops.h"
@@ -44,6 +45,7 @@ using real = double;
 #pragma GCC target("avx2,fma")
 #endif
 namespace avx2 {
+enum { kWordBytes = 32 };
 namespace f32 {
 using real = float;
 #include "krylov_loops.h"
@@ -62,6 +64,7 @@ using real = double;
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")
 #endif
 namespace avx512 {
+enum { kWordBytes = 64 };
 namespace f32 {
 using real = float;
 #include "krylov_loops.h"

@@ -31,6 +31,12 @@ class ComposedMap(LinearMap):
 class AdjointMap(LinearMap):
     def __init__(self, map: LinearMap) -> None: ...
 
+class DenseMap(LinearMap):
+    def __init__(self, matrix: Tensor) -> None: ...
+
+class CsrMap(LinearMap):
+    def __init__(self, row_start: Tensor, column: Tensor, value: Tensor, columns: int) -> None: ...
+
 class CallableMap(LinearMap):
     def __init__(
         self, apply: Callable[[Tensor], Tensor], apply_adjoint: Callable[[Tensor], Tensor] | None = None
@@ -52,15 +58,15 @@ def gmres(
     x0: Tensor | None = None,
     M: LinearMap | None = None,
     *,
-    rtol: float = ...,
-    atol: float = ...,
-    restart: int = ...,
-    maxiter: int = ...,
-    max_cycles: int = ...,
-    max_basis_bytes: int = ...,
-    flexible: bool = ...,
-    least_reduction: float = ...,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    restart: int = 0,
+    maxiter: int = 0,
+    max_cycles: int = 0,
+    max_basis_bytes: int = 0,
+    flexible: bool = False,
+    least_reduction: float = 0.999,
     inner_dtype: torch.dtype | None = None,
-    on_step: Callable[[Tensor, Callable[[], Tensor]], None] | None = None,
-    on_cycle: Callable[[Tensor], None] | None = None,
+    on_step: Callable[[Tensor, Callable[[], Tensor]], object] | None = None,
+    on_cycle: Callable[[Tensor], object] | None = None,
 ) -> GmresResult: ...

@@ -8,6 +8,7 @@ from ._version import __version__  # noqa: E402
 from .conv_bn import conv_bn  # noqa: E402
 from .errors import errors  # noqa: E402
 from .fold import fold  # noqa: E402
+from .gmres import gmres  # noqa: E402
 from .modules import ConvBN1d, ConvBN2d, ConvBN3d, LinearBN  # noqa: E402
 from .operator import ConvBNOperator  # noqa: E402
 from .receptive_field import receptive_field, receptive_field_of  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "conv_bn",
     "errors",
     "fold",
+    "gmres",
     "receptive_field",
     "receptive_field_of",
     "solve",

@@ -185,7 +185,7 @@ class Gmres {
     return s.end == End::restart;
   }
 
-  // Takes the new iterates whose true residual is smaller; an iterate is never given up for a worse one.
+  // Takes the new iterates whose true residual is not larger; an iterate is never given up for a worse one.
   void accept(const at::Tensor& rows, const at::Tensor& x, const at::Tensor& r) {
     const auto norms = row_norms(r);
     std::vector<int64_t> better;
@@ -193,7 +193,7 @@ class Gmres {
       System& s = open_[i];
       s.gain = norms[i] / s.residual;
       s.slow_cycles = s.gain > options_.least_reduction ? s.slow_cycles + 1 : 0;
-      if (!(s.gain < 1)) continue;
+      if (!(s.gain <= 1)) continue;
       s.residual = norms[i];
       s.history.back() = norms[i];
       better.push_back(int64_t(i));
@@ -209,8 +209,7 @@ class Gmres {
     if (s.residual <= s.target) return Status::converged;
     if (!std::isfinite(s.gain) || s.end == End::nonfinite) return Status::nonfinite;
     const bool held = s.gain <= kClaimMustHold, stuck = s.gain >= 1;
-    if (s.end == End::exhausted && s.hessenberg.singular()) return Status::singular;
-    if (s.end == End::exhausted && !held) return Status::breakdown;
+    if (s.end == End::exhausted && !held) return s.hessenberg.singular() ? Status::singular : Status::breakdown;
     if (options_.maxiter > 0 && s.iterations >= options_.maxiter) return Status::maxiter;
     if (stuck || s.slow_cycles == 2 || (s.end == End::claimed && !held)) return Status::stagnation;
     return std::nullopt;

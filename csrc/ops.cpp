@@ -5,6 +5,7 @@
 namespace convbn {
 void bind_gmres(pybind11::module_& m);        // gmres_bindings.cpp
 void bind_linear_maps(pybind11::module_& m);  // linear_map.cpp
+void bind_matrix_maps(pybind11::module_& m);  // matrix_map.cpp
 }  // namespace convbn
 
 TORCH_LIBRARY(convbn_ext, m) {
@@ -34,5 +35,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = "GCC " __VERSION__;
 #endif
   convbn::bind_linear_maps(m);
+  convbn::bind_matrix_maps(m);
   convbn::bind_gmres(m);
 }

@@ -381,8 +381,7 @@ at::Tensor norms_cpu(const at::Tensor& x) {
 }  // namespace
 }  // namespace convbn
 
-TORCH_LIBRARY_IMPL(convbn_ext, CPU, m)
-{
+TORCH_LIBRARY_IMPL(convbn_ext, CPU, m) {
   m.impl("krylov_orthonormalize", &convbn::orthonormalize_cpu);
   m.impl("krylov_combine", &convbn::combine_cpu);
   m.impl("krylov_norms", &convbn::norms_cpu);

@@ -91,7 +91,7 @@ class Build(cpp_extension.BuildExtension):
 
 TORCH_VERSION = {str(torch.__version__)!r}
 CUDA_VERSION = {torch.version.cuda if WITH_CUDA else None!r}
-CUDA_ARCHITECTURES = {cuda_architectures() if WITH_CUDA else []!r}
+CUDA_ARCHITECTURES: list[str] = {cuda_architectures() if WITH_CUDA else []!r}
 '''
         )
 

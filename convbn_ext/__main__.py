@@ -1,4 +1,4 @@
-"""``python -m convbn_ext doctor``."""
+"""``python -m convbn_ext demo | solve | doctor``."""
 
 import sys
 

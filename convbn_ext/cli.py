@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import doctor
 from ._version import __version__
+
+_METHODS = ("auto", "fft", "direct", "gmres", "block_gmres", "lsq")
+_PRECONDITIONERS = ("auto", "circulant", "row", "none")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -14,7 +19,38 @@ def _parser() -> argparse.ArgumentParser:
         prog="convbn", description="Fused convolution + batch normalisation, and its inverse by matrix-free GMRES."
     )
     parser.add_argument("--version", action="version", version=f"convbn_ext {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | solve | doctor")
+
+    demo = commands.add_parser("demo", help="train on real digits and invert real image crops")
+    demo.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder of demo.json and demo.png (%(default)s)"
+    )
+    demo.add_argument("--json", action="store_true", help="print demo.json instead of the report")
+    demo.add_argument("--epochs", type=int, default=8, help="passes over the training digits (%(default)s)")
+    demo.add_argument("--crops", type=int, default=128, help="image crops to invert (%(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of every random choice (%(default)s)")
+
+    solve = commands.add_parser(
+        "solve",
+        help="recover z from x = BN(Conv(z)) for a saved layer and input, or for an image",
+        description="INPUT is a tensor x of shape (N, C, H, W) saved by torch.save or numpy.save and --layer the saved "
+        "state_dict of a ConvBN2d (keys conv.* and bn.*). Or INPUT is an image: it is sent through the layer (by "
+        "default a random 3→3 convolution whose statistics are the image's own) and recovered.",
+    )
+    solve.add_argument("input", type=Path, metavar="INPUT", help=".pt, .npy, or an image")
+    solve.add_argument("--layer", type=Path, help="state_dict of a ConvBN2d saved by torch.save")
+    solve.add_argument("--out", type=Path, help="where z goes: .pt, .npy or an image (INPUT with _z)")
+    solve.add_argument("--padding", type=int, help="of the convolution (default: keep the image size)")
+    solve.add_argument("--dilation", type=int, default=1, help="of the convolution (%(default)s)")
+    solve.add_argument("--groups", type=int, default=1, help="of the convolution (%(default)s)")
+    solve.add_argument("--stride", type=int, default=1, help="of the convolution (%(default)s)")
+    solve.add_argument("--padding-mode", default="zeros", choices=["zeros", "circular", "reflect", "replicate"])
+    solve.add_argument("--eps", type=float, default=1e-5, help="of the batch normalisation (%(default)s)")
+    solve.add_argument("--method", default="auto", choices=_METHODS)
+    solve.add_argument("--preconditioner", default="auto", choices=_PRECONDITIONERS)
+    solve.add_argument("--rtol", type=float, default=1e-6, help="relative residual to reach (%(default)s)")
+    solve.add_argument("--maxiter", type=int, help="limit of Arnoldi steps")
+    solve.add_argument("--size", type=int, default=64, help="longer side an image is scaled to (%(default)s)")
 
     commands.add_parser("doctor", help="what is installed, what is built, and what to do about a mismatch")
     return parser
@@ -32,4 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.command == "doctor":
         return doctor.main()
+    try:
+        if arguments.command == "demo":
+            from . import demo
+
+            return demo.main(arguments)
+        from . import invert_file
+
+        return invert_file.main(arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("sklearn", "PIL", "matplotlib", "tqdm"):
+            raise
+        print(f"convbn {arguments.command} needs {error.name}: pip install convbn_ext[demo]", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"convbn {arguments.command}: {error}", file=sys.stderr)
     return 1

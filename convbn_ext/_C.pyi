@@ -37,6 +37,12 @@ class DenseMap(LinearMap):
 class CsrMap(LinearMap):
     def __init__(self, row_start: Tensor, column: Tensor, value: Tensor, columns: int) -> None: ...
 
+class BlockTridiagonalMap(LinearMap):
+    finite: bool
+    def __init__(
+        self, lower: Tensor, diagonal: Tensor, upper: Tensor, shape: Sequence[int], axis: int, rows: int
+    ) -> None: ...
+
 class CallableMap(LinearMap):
     def __init__(
         self, apply: Callable[[Tensor], Tensor], apply_adjoint: Callable[[Tensor], Tensor] | None = None

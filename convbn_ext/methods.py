@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import _C
-from .operator import ConvBNOperator
 from .preconditioners import Preconditioned
 
 BASIS_BYTES = 1 << 30  # ceiling for the Krylov basis; larger batches are solved in parts
+_GAIN = 4.0  # refinement steps that gain less are left to GMRES
 
 
 @dataclass
@@ -50,6 +50,13 @@ class Outcome:
             self.status[row], self.history[row] = part.status[i], part.history[i]
         self.note = part.note
 
+    def extend(self, rows: Tensor, part: Outcome) -> None:
+        """Take over what some rows became when they were continued from here."""
+        past = [self.history[row] for row in rows.tolist()]
+        part.iterations = part.iterations + self.iterations[rows.cpu()]
+        part.history = [torch.cat([old, new[min(len(old), 1) :]]) for old, new in zip(past, part.history, strict=True)]
+        self.put(rows, part)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -69,19 +76,16 @@ class KrylovOptions:
     dtype: torch.dtype
     restart: int | None = None
     maxiter: int | None = None
-    on_step: Callable[[slice, Tensor], None] | None = None
+    on_step: Callable[[slice | Tensor, Tensor], None] | None = None
 
 
-def gmres(
-    op: ConvBNOperator, system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target, options: KrylovOptions
-) -> Outcome:
+def gmres(system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target, options: KrylovOptions) -> Outcome:
     """Solve A z = rhs by right-preconditioned GMRES in cycles, with float64 residuals between them.
 
     Each row is divided by its target, so that "solved" is ‖residual‖ ≤ 1 for all of them and a row's path does not
     depend on the others.
 
     Args:
-        op: the operator, for n.
         system: L A and M.
         rhs: (B, m) float64.
         z0: (B, n) float64 or None.
@@ -132,4 +136,53 @@ def gmres(
     if options.restart is not None and options.restart < system.steps:
         notes.append(f"restart {options.restart} is below the {system.steps} steps that convergence may need")
     result.note = "; ".join(dict.fromkeys(notes))
+    return result
+
+
+def refine(
+    A: _C.LinearMap, system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target, options: KrylovOptions
+) -> Outcome:
+    """Solve A z = rhs with an M ≈ (L A)⁻¹ so good that z ← z + M L (rhs − A z) converges; GMRES where it does not.
+
+    Residuals are float64, M works in options.dtype. A row stays while each step gains a factor _GAIN, and goes on with
+    a few GMRES steps from the best z it had otherwise. A step counts as an iteration.
+    """
+    B, n = rhs.shape
+    M = system.right
+    assert isinstance(M, _C.LinearMap)
+    z = rhs.new_zeros(B, n) if z0 is None else z0.clone()
+    residual = rhs.clone() if z0 is None else rhs - A.apply(z)
+    norm = torch.linalg.vector_norm(residual, dim=1)
+    scale = torch.where(target.scale > 0, target.scale, 1)
+    history = [[float(v)] for v in norm / scale]
+    active = (norm > target.norm).nonzero().flatten()
+    slow: list[Tensor] = []
+    while len(active):
+        unit = norm[active, None]  # rows of norm one: the scale of x must not matter in float32
+        step = M.apply((system.left * residual[active] / unit).to(options.dtype)).to(rhs.dtype) * unit
+        new_z = z[active] + step
+        new_residual = rhs[active] - A.apply(new_z)
+        new_norm = torch.linalg.vector_norm(new_residual, dim=1)
+        better = new_norm < norm[active]
+        fast = new_norm * _GAIN < norm[active]
+        kept = active[better]
+        z[kept], residual[kept], norm[kept] = new_z[better], new_residual[better], new_norm[better]
+        for row in active.tolist():
+            history[row].append(float(norm[row] / scale[row]))
+        if options.on_step is not None:
+            options.on_step(slice(0, B), (norm / scale).cpu())
+        open_rows = norm[active] > target.norm[active]
+        slow.append(active[open_rows & ~fast])
+        active = active[open_rows & fast]
+
+    status = ["converged"] * B
+    iterations = torch.tensor([len(h) - 1 for h in history])
+    result = Outcome(z, status, iterations, [torch.tensor(h, dtype=torch.float64) for h in history])
+    rest = torch.cat(slow) if slow else active
+    if len(rest):
+        rest = rest.sort().values
+        on_step = options.on_step
+        part = None if on_step is None else (lambda rows, relative: on_step(rest[rows], relative))  # type: ignore[misc]
+        more = gmres(system, rhs[rest], z[rest], target[rest], replace(options, on_step=part))
+        result.extend(rest, more)
     return result

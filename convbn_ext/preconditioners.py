@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .cache import remember
 from .operator import ConvBNOperator
 
 Correction = Callable[[Tensor], Tensor]
@@ -40,6 +41,19 @@ class Preconditioned:
     right: _C.LinearMap | Correction | None
     steps: int
     note: str = ""
+
+    def transpose(self) -> Preconditioned:
+        """The system (L A)ᵀ μ = g with the preconditioner Mᵀ; λ = L μ solves Aᵀ λ = g."""
+        right = self.right
+        if right is not None and not isinstance(right, _C.LinearMap):
+            raise TypeError("a callable preconditioner has no transpose")
+        return Preconditioned(
+            torch.ones_like(self.left),
+            _C.AdjointMap(self.matrix),
+            None if right is None else _C.AdjointMap(right),
+            self.steps,
+            self.note,
+        )
 
 
 def border_rank(op: ConvBNOperator) -> int:
@@ -69,7 +83,13 @@ def circulant_inverse(op: ConvBNOperator, dtype: torch.dtype) -> tuple[_C.Circul
         raise ValueError(
             f"circulant preconditioner: needs C_in = C_out and equal sizes, got {op.input_shape} -> {op.output_shape}"
         )
-    blocks = op.symbol(scaled=False)
+    key = ("fft", op.geometry, op.input_shape, dtype)
+    spatial = op.input_shape[1:] or (1,)
+    return remember(key, op.weight, lambda: circulant_map(op.symbol(scaled=False), spatial, dtype))
+
+
+def circulant_map(blocks: Tensor, spatial: tuple[int, ...], dtype: torch.dtype) -> tuple[_C.CirculantMap, int]:
+    """The inverse of a block-circulant operator given by its Fourier blocks; see ``circulant_inverse``."""
     inverse, info = torch.linalg.inv_ex(blocks)
     largest = torch.linalg.matrix_norm(blocks).amax()
     floor = 4 * torch.finfo(dtype).eps * largest
@@ -81,7 +101,7 @@ def circulant_inverse(op: ConvBNOperator, dtype: torch.dtype) -> tuple[_C.Circul
         replaced = int(small.sum())
         sigma = torch.where(small, largest, sigma)
         inverse[suspect] = Vh.mH @ (U.mH / sigma[..., None])
-    return _C.CirculantMap(inverse, op.input_shape[1:] or (1,)), replaced
+    return _C.CirculantMap(inverse.resolve_conj().contiguous(), spatial), replaced
 
 
 def precondition(op: ConvBNOperator, which: str | Correction, dtype: torch.dtype) -> Preconditioned:

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .choice import Choice, choose
 from .geometry import Geometry
-from .methods import KrylovOptions, Outcome, Target, gmres
+from .methods import KrylovOptions, Outcome, Target
 from .operator import ConvBNOperator, Stats
-from .preconditioners import Correction, precondition
+from .preconditioners import Correction
 from .progress import Progress
+from .run import run
 
-METHODS = ("auto", "gmres")
+METHODS = ("auto", "fft", "direct", "gmres", "lsq")
 PRECONDITIONERS = ("auto", "circulant", "row", "none")
 
 
@@ -28,7 +30,7 @@ class SolveResult:
     Attributes:
         z: (N, C_in, *spatial); NaN in samples that are nonfinite or singular.
         status: per sample, one of converged, maxiter, stagnation, breakdown, singular, inconsistent, nonfinite.
-        iterations: (N,) Arnoldi steps.
+        iterations: (N,) Arnoldi steps; a refinement step of a direct method counts as one.
         residual: (N,) float64, ‖x − BN(Conv(z))‖₂ / ‖x‖₂ of the z returned, computed in float64 (error3 of spec S13;
             for x = 0 relative to ‖BN(Conv(0))‖).
         history: per sample, the relative residual before the first step and after each step, as the method sees it: an
@@ -89,9 +91,10 @@ def solve(
         conv: nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.Linear.
         bn: the batch normalisation behind it; its mode (train or eval) does not matter.
         x: (N, C_out, *out), float32 or float64, with the dtype and device of conv.
-        method: "auto" or "gmres".
-        preconditioner: "auto", "circulant", "row", "none", or a callable that maps residuals (B, C_out, *out) to
-            corrections (B, C_in, *spatial), linearly.
+        method: "fft" (circular padding), "direct" (LU), "gmres", "lsq" (least squares or minimum norm, for any stride
+            and number of channels), or "auto", which takes the cheapest and says why.
+        preconditioner: for GMRES: "auto", "circulant", "row", "none", or a callable that maps residuals (B, C_out,
+            *out) to corrections (B, C_in, *spatial), linearly.
         stats: "running" or (mean, var), each (C_out,).
         rtol: relative tolerance.
         atol: absolute tolerance.
@@ -111,35 +114,27 @@ def solve(
     """
     _check_options(method, preconditioner, rtol, atol, restart, maxiter)
     op = _operator(conv, bn, x, stats, x0, input_shape)
-    if op.shape[0] != op.shape[1]:
-        raise ValueError(
-            f"solve: method gmres needs as many outputs as inputs, got {op.input_shape} -> {op.output_shape}"
-        )
+    choice = choose(op, len(x), x.dtype, method, preconditioner if isinstance(preconditioner, str) else "callable")
     given = x.detach().double().flatten(1)
     rhs = given - op.channel_vector(op.offset)
     scale = torch.linalg.vector_norm(given, dim=1)
     scale = torch.where(scale > 0, scale, torch.linalg.vector_norm(rhs, dim=1))  # x = 0
     target = Target((rtol * scale).clamp_min(atol), scale)
-    finite = rhs.isfinite().all(1)
     outcome = Outcome.unsolved(rhs, op.shape[1], "nonfinite")
-    rows = finite.nonzero().flatten()
-    name = preconditioner if isinstance(preconditioner, str) else "callable"
+    rows = rhs.isfinite().all(1).nonzero().flatten()
     if op.singular_channels:
         outcome.put(rows, Outcome.unsolved(rhs[rows], op.shape[1], "singular"))
         reason = f"γ = 0 in channels {op.singular_channels}: x says nothing about z there"
-    else:
-        if name == "auto":
-            preconditioner = name = "circulant" if op.has_symbol else "row"
-        system = precondition(op, preconditioner, x.dtype)
-        z0 = None if x0 is None else x0.detach().double().flatten(1)[rows]
-        # the rest of the tolerance is left for rounding z to float32
-        goal = Target(target.norm * (0.25 if x.dtype == torch.float32 else 1.0), target.scale)
-        with Progress("solve", progress) as bar:
-            on_step = _reporter(callback, bar, rows, len(x)) if callback or progress else None
-            options = KrylovOptions(x.dtype, restart, maxiter, on_step)
-            outcome.put(rows, gmres(op, system, rhs[rows], z0, goal[rows], options))
-        reason = "; ".join(filter(None, [f"GMRES, preconditioner {name}", system.note, outcome.note]))
-    return _finish(op, x, rhs, target, outcome, "gmres", name, reason)
+        return _finish(op, x, rhs, target, outcome, choice, reason)
+    z0 = None if x0 is None else x0.detach().double().flatten(1)[rows]
+    # the rest of the tolerance is left for rounding z to float32
+    goal = Target(target.norm * (0.25 if x.dtype == torch.float32 else 1.0), target.scale)[rows]
+    with Progress("solve", progress) as bar:
+        on_step = _reporter(callback, bar, rows, len(x)) if callback or progress else None
+        options = KrylovOptions(x.dtype, restart, maxiter, on_step)
+        solved = run(op, choice, preconditioner, rhs[rows], z0, goal, options)
+    outcome.put(rows, solved)
+    return _finish(op, x, rhs, target, outcome, choice, "; ".join(filter(None, [choice.reason, solved.note])))
 
 
 def _finish(
@@ -148,8 +143,7 @@ def _finish(
     rhs: Tensor,
     target: Target,
     outcome: Outcome,
-    method: str,
-    preconditioner: str,
+    choice: Choice,
     reason: str,
 ) -> SolveResult:
     """Round z to the layer's dtype; the residual of that z has the last word on each status."""
@@ -167,8 +161,8 @@ def _finish(
         iterations=outcome.iterations,
         residual=norms / torch.where(target.scale > 0, target.scale, 1),
         history=outcome.history,
-        method=method,
-        preconditioner=preconditioner,
+        method=choice.method,
+        preconditioner=choice.preconditioner,
         reason=reason,
         operator=op,
     )
@@ -176,12 +170,12 @@ def _finish(
 
 def _reporter(
     callback: Callable[[Tensor], None] | None, bar: Progress, rows: Tensor, N: int
-) -> Callable[[slice, Tensor], None]:
+) -> Callable[[slice | Tensor, Tensor], None]:
     """Spread the residuals of a part of the batch over all N samples, for the callback and the bar."""
     current = torch.full((N,), math.nan, dtype=torch.float64)
     rows = rows.cpu()
 
-    def on_step(part: slice, relative: Tensor) -> None:
+    def on_step(part: slice | Tensor, relative: Tensor) -> None:
         current[rows[part]] = relative
         bar.step(float(relative.max()))
         if callback is not None:

@@ -3,9 +3,10 @@
 #include <torch/extension.h>
 
 namespace convbn {
-void bind_gmres(pybind11::module_& m);        // gmres_bindings.cpp
-void bind_linear_maps(pybind11::module_& m);  // linear_map.cpp
-void bind_matrix_maps(pybind11::module_& m);  // matrix_map.cpp
+void bind_block_tridiagonal(pybind11::module_& m);  // block_tridiagonal.cpp
+void bind_gmres(pybind11::module_& m);              // gmres_bindings.cpp
+void bind_linear_maps(pybind11::module_& m);        // linear_map.cpp
+void bind_matrix_maps(pybind11::module_& m);        // matrix_map.cpp
 }  // namespace convbn
 
 TORCH_LIBRARY(convbn_ext, m) {
@@ -36,5 +37,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
   convbn::bind_linear_maps(m);
   convbn::bind_matrix_maps(m);
+  convbn::bind_block_tridiagonal(m);
   convbn::bind_gmres(m);
 }

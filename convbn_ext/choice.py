@@ -1,0 +1,95 @@
+"""Which method solves a layer: an explicit cost model, and the reason in words.
+
+Costs are seconds on an ordinary machine. Their ratios matter, not their values:
+
+    direct   factor_flops / GEMM + groups · CALL + B · (one step: 6 R m² flops / GEMM) · REFINEMENTS
+    gmres    B · (s · work of A and M + 3/2 s² n numbers of the basis / MEMORY) + s · CALL,  s = border rank + 1
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .direct import FACTOR_BYTES, Layout, layouts
+from .operator import ConvBNOperator
+from .preconditioners import border_rank
+
+GEMM, STREAM, MEMORY, CALL = 5e10, 2e9, 1e10, 1e-4  # flop/s in products, flop/s elsewhere, byte/s, seconds per call
+REFINEMENTS = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method, its preconditioner, the layout of its factor and why."""
+
+    method: str
+    preconditioner: str
+    reason: str
+    layout: Layout | None = None
+
+
+def _direct_seconds(layout: Layout, batch: int) -> float:
+    step = 2.0 * layout.numbers / GEMM
+    return layout.factor_flops / GEMM + layout.groups * CALL + REFINEMENTS * (batch * step + layout.groups * CALL / 4)
+
+
+def _gmres_seconds(op: ConvBNOperator, batch: int, itemsize: int) -> float:
+    n, channels = op.shape[1], op.input_shape[0]
+    steps = min(n, border_rank(op) + 1) if op.has_symbol else n
+    taps = op.weight[0].numel()
+    work = n * (2 * taps / GEMM + (30 * math.log2(n + 1) + 8 * channels / op.geometry.groups) / STREAM)
+    return batch * (steps * work + 1.5 * steps**2 * n * itemsize / MEMORY) + steps * CALL
+
+
+def best_layout(op: ConvBNOperator, batch: int) -> Layout | None:
+    """The cheapest factor that fits in memory."""
+    fitting = [layout for layout in layouts(op) if layout.numbers * torch.float32.itemsize <= FACTOR_BYTES]
+    return min(fitting, key=lambda layout: _direct_seconds(layout, batch), default=None)
+
+
+def choose(op: ConvBNOperator, batch: int, dtype: torch.dtype, method: str, preconditioner: str) -> Choice:
+    """Decide what was left to "auto".
+
+    Raises:
+        ValueError: the method asked for cannot work on this layer.
+    """
+    square, symbol = op.shape[0] == op.shape[1], op.has_symbol and op.input_shape == op.output_shape
+    sizes = f"{op.input_shape} -> {op.output_shape}"
+    if method in ("fft", "direct", "gmres") and not square:
+        raise ValueError(f"solve: method {method} needs as many outputs as inputs, got {sizes}")
+    exact = symbol and (op.geometry.mode == "circular" or border_rank(op) == 0)
+    if method == "fft" and not exact:
+        raise ValueError(f"solve: method fft needs circular padding, stride 1 and C_in = C_out, got {op}")
+    if method in ("fft", "direct") and preconditioner != "auto":
+        raise ValueError(f"solve: method {method} takes no preconditioner, got {preconditioner!r}")
+    if method == "fft" or (method == "auto" and preconditioner == "auto" and exact):
+        return Choice("fft", "fft", "circular padding: one C × C solve per frequency is exact")
+    if method == "lsq" or (method == "auto" and not square):
+        if preconditioner not in ("auto", "circulant", "none"):
+            raise ValueError(f"solve: method lsq takes the preconditioners circulant and none, got {preconditioner!r}")
+        kind = "least squares" if op.shape[0] > op.shape[1] else "minimum norm"
+        name = "circulant" if preconditioner == "auto" else preconditioner
+        return Choice("lsq", name, f"{kind}, {op.shape[0]} equations for {op.shape[1]} unknowns")
+    layout = best_layout(op, batch)
+    if method == "direct":
+        if layout is None:
+            raise ValueError(
+                f"solve: method direct needs a factor of at most {FACTOR_BYTES >> 20} MiB, this layer more"
+            )
+        return Choice("direct", "lu", str(layout), layout)
+    if preconditioner == "auto":
+        preconditioner = "circulant" if symbol else "row"
+    elif method == "auto":
+        method = "gmres"
+    if method == "gmres":
+        return Choice("gmres", preconditioner, f"GMRES, preconditioner {preconditioner}")
+    if layout is None:
+        return Choice("gmres", preconditioner, f"GMRES, preconditioner {preconditioner}: no LU factor fits in memory")
+    factor, krylov = _direct_seconds(layout, batch), _gmres_seconds(op, batch, dtype.itemsize)
+    costs = f"estimated {factor:.2g} s for {layout}, {krylov:.2g} s for GMRES"
+    if factor <= krylov:
+        return Choice("direct", "lu", costs, layout)
+    return Choice("gmres", preconditioner, f"preconditioner {preconditioner}; {costs}")

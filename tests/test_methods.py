@@ -1,0 +1,217 @@
+"""Spec S15 and S16: FFT, LU, least squares and the choice between methods."""
+
+import pytest
+import torch
+from layers import MODES, random_bn, random_layer, trained_layer
+from torch import nn
+
+import convbn_ext as cb
+from convbn_ext import cache
+from convbn_ext.direct import factorise, layouts
+from convbn_ext.errors import forward
+
+
+def operator(shape, kernel, **options):
+    conv, bn = random_layer(shape, shape[0], kernel, **options)
+    return cb.ConvBNOperator(conv, bn, shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "options"),
+    [
+        ((3, 7, 6), 3, {"padding": 1}),
+        ((2, 6, 9), (3, 5), {"padding": (1, 2), "padding_mode": "reflect"}),
+        ((4, 9, 4), 3, {"padding": 2, "dilation": 2, "groups": 2, "padding_mode": "replicate"}),
+        ((2, 7, 5), 2, {"padding": "same"}),
+        ((2, 11), 3, {"padding": 1}),
+        ((2, 4, 5, 3), 3, {"padding": 1}),
+        ((2, 5, 5), 3, {"padding": 1, "padding_mode": "circular"}),
+    ],
+)
+def test_every_layout_of_the_factor_is_the_inverse(shape, kernel, options):
+    """Blocks along any axis, with any number of rows, also where the last group is filled up."""
+    op = operator(shape, kernel, seed=1, **options)
+    W = op.to_sparse().to_dense() / op.channel_vector(op.scale)[:, None]
+    torch.manual_seed(0)
+    v = torch.randn(3, op.shape[1], dtype=torch.float64)
+    found = layouts(op)
+    assert any(layout.groups == 1 for layout in found)
+    assert (len(found) > 1) == (options.get("padding_mode") != "circular")
+    for layout in found:
+        factor = factorise(op, layout, torch.float64)
+        assert factor is not None, layout
+        torch.testing.assert_close(factor.apply(v @ W.T), v, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(factor.apply_adjoint(v @ W), v, rtol=1e-5, atol=1e-5)
+        left = float((factor.apply(v) * v.flip(0)).sum())
+        assert left == pytest.approx(float((v * factor.apply_adjoint(v.flip(0))).sum()), rel=1e-6, abs=1e-6)
+
+
+def test_layouts_include_groups_that_need_filling():
+    sizes = {(layout.axis, layout.rows, layout.groups) for layout in layouts(operator((3, 7, 6), 3, padding=1))}
+    assert (0, 2, 4) in sizes  # 7 rows in groups of 2: one filler row
+    assert (1, 4, 2) in sizes
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 16, 16), (2, 30), (2, 5, 4, 6)])
+def test_direct_solves_default_layers(shape, mode, dtype):
+    conv, bn, z, x = trained_layer(shape, 6, dtype, padding_mode=mode)
+    rtol = 1e-12 if dtype == torch.float64 else 1e-6
+    result = cb.solve(conv, bn, x, method="direct", rtol=rtol)
+    assert result.converged, (result.status, result.residual)
+    assert result.method == "direct"
+    assert "LU" in result.reason
+    table = cb.errors(z, result.z, x, conv, bn)
+    assert table.error3[1] <= rtol
+    op = cb.ConvBNOperator(conv, bn, shape)
+    cond = float(torch.linalg.cond(op.to_sparse().to_dense().double()))
+    rhs = x.double().flatten(1) - op.channel_vector(op.offset)
+    assert table.error1[1] <= cond * table.error2[1] / rhs.norm() + torch.finfo(dtype).eps
+    assert [len(h) for h in result.history] == [1 + i for i in result.iterations.tolist()]
+
+
+def test_direct_agrees_with_lapack_on_hard_data():
+    conv, bn = random_layer((3, 12, 10), 3, 3, padding=1)
+    x = torch.randn(4, 3, 12, 10, dtype=torch.float64)
+    op = cb.ConvBNOperator(conv, bn, (3, 12, 10))
+    exact = torch.linalg.solve(op.to_sparse().to_dense(), (x.flatten(1) - op.channel_vector(op.offset)).T).T
+    result = cb.solve(conv, bn, x, method="direct", rtol=1e-10)
+    assert result.converged, result.residual
+    assert (result.z.flatten(1) - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_samples_do_not_see_each_other_in_direct():
+    conv, bn, _, x = trained_layer((3, 12, 12), 5)
+    x[1] = torch.randn(3, 12, 12)
+    x[2, 0, 0, 0] = torch.nan
+    result = cb.solve(conv, bn, x, method="direct", rtol=1e-10)
+    assert result.status == ["converged", "converged", "nonfinite", "converged", "converged"]
+    for i in (0, 1, 3, 4):
+        alone = cb.solve(conv, bn, x[i : i + 1], method="direct", rtol=1e-10)
+        torch.testing.assert_close(alone.z[0], result.z[i], rtol=1e-6, atol=1e-8)
+
+
+def test_a_factor_serves_until_the_weight_changes(monkeypatch):
+    made = []
+    monkeypatch.setattr("convbn_ext.direct.factorise", lambda *args: made.append(1) or factorise(*args))
+    cache.forget()
+    conv, bn, z, x = trained_layer((3, 8, 8), 2, torch.float32)
+    for _ in range(3):
+        assert cb.solve(conv, bn, x, method="direct").converged
+    assert len(made) == 1
+    conv.weight.data.mul_(1.5)  # changes no version counter
+    changed = cb.solve(conv, bn, bn(conv(z)).detach(), method="direct")
+    assert changed.converged
+    assert len(made) == 2
+    assert (changed.z - z).norm() < 1e-2 * z.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 9, 8), (4, 15), (2, 4, 5, 6)])
+def test_fft_is_exact_for_circular_padding(shape, dtype):
+    conv, bn, z, x = trained_layer(shape, 3, dtype, padding_mode="circular", groups=2 if shape[0] == 4 else 1)
+    result = cb.solve(conv, bn, x, rtol=1e-12 if dtype == torch.float64 else 1e-6)
+    assert result.converged
+    assert result.method == "fft"
+    assert int(result.iterations.max()) <= 2
+    assert (result.z - z).norm() <= (1e-10 if dtype == torch.float64 else 1e-3) * z.norm()
+
+
+def test_circular_layer_with_a_zero_in_its_symbol_is_singular():
+    conv = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular", bias=False).double()
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([[[0.25, 0.5, 0.25]]]))
+    bn = random_bn(1, 1)
+    torch.manual_seed(0)
+    wave = torch.tensor([1.0, -1.0]).repeat(8).double()
+    x = forward(torch.randn(2, 1, 16), conv, bn)
+    x[1] += 0.1 * wave  # what the layer cannot make
+    result = cb.solve(conv, bn, x, rtol=1e-10)
+    assert result.status == ["converged", "singular"]
+    assert "singular values of the symbol" in result.reason
+
+
+@pytest.mark.parametrize("preconditioner", ["circulant", "none"])
+@pytest.mark.parametrize("consistent", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "out", "kernel", "options"),
+    [
+        ((3, 8, 8), 3, 3, {"padding": 1, "stride": 2}),
+        ((3, 9, 8), 2, 3, {"padding": 1}),
+        ((2, 6, 6), 5, 3, {"padding": 1}),
+        ((4, 8, 8), 2, 3, {"padding": 1, "groups": 2, "padding_mode": "reflect"}),
+        ((4, 9), 2, 4, {"stride": 3, "padding": 2, "padding_mode": "circular", "dilation": 2}),
+        ((2, 8, 8), 2, 3, {}),
+        ((2, 6, 6), 2, 3, {"padding": 2}),
+        ((1, 6, 6), 8, 2, {"stride": 2}),
+        ((2, 3, 4, 4), 1, 2, {"stride": (1, 2, 2)}),
+    ],
+)
+def test_least_squares_and_minimum_norm(shape, out, kernel, options, consistent, preconditioner):
+    conv, bn = random_layer(shape, out, kernel, seed=2, **options)
+    op = cb.ConvBNOperator(conv, bn, shape)
+    A, (m, n) = op.to_sparse().to_dense(), op.shape
+    x = forward(torch.randn(2, *shape), conv, bn)
+    if not consistent:
+        x = torch.randn_like(x)
+    result = cb.solve(conv, bn, x, method="lsq", rtol=1e-9, preconditioner=preconditioner, input_shape=shape)
+    expected = (torch.linalg.pinv(A) @ (x.flatten(1) - op.channel_vector(op.offset)).T).T
+    assert (result.z.flatten(1) - expected).norm() <= 1e-6 * expected.norm()
+    assert set(result.status) == {"converged" if consistent or m <= n else "inconsistent"}
+    assert result.reason.startswith("least squares" if m > n else "minimum norm")
+
+
+def test_minimum_norm_is_taken_from_the_start_vector():
+    conv, bn = random_layer((2, 6, 6), 1, 3, padding=1)
+    x, x0 = torch.randn(2, 1, 6, 6).double(), torch.randn(2, 2, 6, 6).double()
+    result = cb.solve(conv, bn, x, x0=x0, rtol=1e-10)
+    op = cb.ConvBNOperator(conv, bn, (2, 6, 6))
+    A = op.to_sparse().to_dense()
+    residual = x.flatten(1) - op.channel_vector(op.offset) - x0.flatten(1) @ A.T
+    expected = x0.flatten(1) + residual @ torch.linalg.pinv(A).T
+    torch.testing.assert_close(result.z.flatten(1), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "out", "options", "batch", "method"),
+    [
+        ((3, 8, 8), 3, {"padding": 1}, 8, "direct"),
+        ((3, 32, 32), 3, {"padding": 1}, 128, "direct"),
+        ((3, 32, 32), 3, {"padding": 1, "padding_mode": "circular"}, 128, "fft"),
+        ((64, 56, 56), 64, {"padding": 1}, 4, "gmres"),  # a factor of 9 GB
+        ((3, 8, 8), 3, {"padding": 1, "stride": 2}, 2, "lsq"),
+        ((3, 8, 8), 5, {"padding": 1}, 2, "lsq"),
+        ((8, 8, 8), 8, {}, 2, "lsq"),
+    ],
+)
+def test_auto_chooses_by_cost_and_says_why(shape, out, options, batch, method):
+    from convbn_ext.choice import choose
+
+    op = cb.ConvBNOperator(nn.Conv2d(shape[0], out, 3, **options), nn.BatchNorm2d(out), shape)
+    choice = choose(op, batch, torch.float32, "auto", "auto")
+    assert choice.method == method
+    assert choice.reason
+
+
+BAD = [
+    ({"method": "fft"}, {}, r"method fft needs circular padding, stride 1 and C_in = C_out"),
+    ({"method": "direct", "preconditioner": "row"}, {}, "method direct takes no preconditioner, got 'row'"),
+    (
+        {"method": "gmres"},
+        {"stride": 2},
+        r"method gmres needs as many outputs as inputs, got \(3, 8, 8\) -> \(3, 4, 4\)",
+    ),
+    (
+        {"method": "lsq", "preconditioner": "row"},
+        {},
+        "method lsq takes the preconditioners circulant and none, got 'row'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options", "message"), BAD)
+def test_methods_that_cannot_work_are_refused(arguments, options, message):
+    conv, bn = random_layer((3, 8, 8), 3, 3, padding=1, **options)
+    with pytest.raises(ValueError, match=message):
+        cb.solve(conv, bn, forward(torch.zeros(1, 3, 8, 8), conv, bn), **arguments)

@@ -9,6 +9,7 @@ from .conv_bn import conv_bn  # noqa: E402
 from .errors import errors  # noqa: E402
 from .fold import fold  # noqa: E402
 from .gmres import gmres  # noqa: E402
+from .invert import ConvergenceError, invert  # noqa: E402
 from .modules import ConvBN1d, ConvBN2d, ConvBN3d, LinearBN  # noqa: E402
 from .operator import ConvBNOperator  # noqa: E402
 from .receptive_field import receptive_field, receptive_field_of  # noqa: E402
@@ -19,6 +20,7 @@ __all__ = [
     "ConvBN2d",
     "ConvBN3d",
     "ConvBNOperator",
+    "ConvergenceError",
     "LinearBN",
     "SolveResult",
     "__version__",
@@ -26,6 +28,7 @@ __all__ = [
     "errors",
     "fold",
     "gmres",
+    "invert",
     "receptive_field",
     "receptive_field_of",
     "solve",

@@ -79,7 +79,7 @@ def _minimum_norm(
 ) -> Outcome:
     adjoint = _C.AdjointMap(op.conv_map)
     M = autocorrelation_inverse(op, outputs=True) if precondition else None
-    system = Preconditioned(op.channel_vector(1 / op.scale), _C.ComposedMap(op.conv_map, adjoint), M, op.shape[0])
+    system = Preconditioned(op.channel_vector(1 / op.scale), _normal_map(op.conv_map, True), M, op.shape[0])
     outcome = gmres(system, residual, None, target, options)
     outcome.z = z + adjoint.apply(outcome.z)
     return outcome
@@ -91,7 +91,7 @@ def _least_squares(
     adjoint = _C.AdjointMap(op.map)
     M = autocorrelation_inverse(op, outputs=False) if precondition else None
     ones = residual.new_ones(op.shape[1])
-    system = Preconditioned(ones, _C.ComposedMap(adjoint, op.map), M, op.shape[1])
+    system = Preconditioned(ones, _normal_map(op.map, False), M, op.shape[1])
     outcome = Outcome.unsolved(residual, op.shape[1], "maxiter")
     outcome.z = z.clone()
     rows = torch.arange(len(z), device=z.device)
@@ -118,3 +118,25 @@ def _least_squares(
         if not still:
             break
     return outcome
+
+
+def solve_normal_equations(
+    op: ConvBNOperator, rhs: Tensor, *, outputs: bool, precondition: bool, rtol: float
+) -> Outcome:
+    """(A Aᵀ) u = rhs (outputs) or (Aᵀ A) w = rhs, float64, to ‖residual‖ ≤ rtol·‖rhs‖; for the adjoint of ``lsq``."""
+    norm = torch.linalg.vector_norm(rhs, dim=1)
+    options = KrylovOptions(torch.float64)
+    M = autocorrelation_inverse(op, outputs) if precondition else None
+    if not outputs:
+        system = Preconditioned(rhs.new_ones(op.shape[1]), _normal_map(op.map, outputs), M, op.shape[1])
+        return gmres(system, rhs, None, Target(rtol * norm, norm), options)
+    left = op.channel_vector(1 / op.scale)  # A Aᵀ u = Γ (W Wᵀ) (Γ u)
+    system = Preconditioned(left, _normal_map(op.conv_map, outputs), M, op.shape[0])
+    outcome = gmres(system, rhs, None, Target(rtol * norm, norm), options)
+    outcome.z *= left
+    return outcome
+
+
+def _normal_map(linear_map: _C.LinearMap, outputs: bool) -> _C.LinearMap:
+    adjoint = _C.AdjointMap(linear_map)
+    return _C.ComposedMap(linear_map, adjoint) if outputs else _C.ComposedMap(adjoint, linear_map)

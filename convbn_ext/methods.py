@@ -129,7 +129,7 @@ def gmres(system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target
         )
         index = torch.arange(B)[rows]
         history = [torch.tensor(h, dtype=torch.float64) * f for h, f in zip(solved.history, factor, strict=True)]
-        iterations = torch.tensor(solved.iterations)
+        iterations = torch.tensor(solved.iterations, dtype=torch.long)
         result.put(index, Outcome(solved.x * unit[rows], solved.status, iterations, history))
         if solved.basis_limited:
             notes.append(f"the basis is limited to {BASIS_BYTES >> 20} MiB, so restart is {solved.restart}")
@@ -176,7 +176,7 @@ def refine(
         active = active[open_rows & fast]
 
     status = ["converged"] * B
-    iterations = torch.tensor([len(h) - 1 for h in history])
+    iterations = torch.tensor([len(h) - 1 for h in history], dtype=torch.long)
     result = Outcome(z, status, iterations, [torch.tensor(h, dtype=torch.float64) for h in history])
     rest = torch.cat(slow) if slow else active
     if len(rest):

@@ -18,6 +18,14 @@ from .geometry import Geometry, merge_patterns, stencil_entries
 Stats = str | tuple[Tensor, Tensor]
 
 
+def check_batch_norm(bn: Any, channels: int, who: str) -> None:
+    """Raise TypeError or ValueError unless bn is a batch normalisation of that many channels."""
+    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        raise TypeError(f"{who}: bn must be nn.BatchNorm1d, nn.BatchNorm2d or nn.BatchNorm3d, got {type(bn).__name__}")
+    if bn.num_features != channels:
+        raise ValueError(f"{who}: bn has {bn.num_features} features, but conv has {channels} output channels")
+
+
 def frozen_statistics(bn: Any, stats: Stats, channels: int, who: str) -> tuple[Tensor, Tensor]:
     """(mean, var) in float64 from the running statistics or as given.
 
@@ -25,10 +33,7 @@ def frozen_statistics(bn: Any, stats: Stats, channels: int, who: str) -> tuple[T
         TypeError: bn is not a batch normalisation, or stats is neither "running" nor a pair.
         ValueError: bn keeps no running statistics; a given tensor has the wrong shape, is not finite, or var < 0.
     """
-    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-        raise TypeError(f"{who}: bn must be nn.BatchNorm1d, nn.BatchNorm2d or nn.BatchNorm3d, got {type(bn).__name__}")
-    if bn.num_features != channels:
-        raise ValueError(f"{who}: bn has {bn.num_features} features, but conv has {channels} output channels")
+    check_batch_norm(bn, channels, who)
     if isinstance(stats, str) and stats == "running":
         if bn.running_mean is None or bn.running_var is None:
             raise ValueError(f'{who}: bn has no running statistics; give stats=(mean, var) or stats="batch"')

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .choice import Choice, choose
+from .batch_statistics import LiveStatistics, forward_live, live_statistics
+from .choice import choose
 from .geometry import Geometry
 from .methods import KrylovOptions, Outcome, Target
 from .operator import ConvBNOperator, Stats
@@ -83,9 +84,10 @@ def solve(
 ) -> SolveResult:
     """Find z with BN(Conv(z)) = x, for every sample of a batch on its own.
 
-    With frozen statistics the layer is A z + b̂ (spec S9). A sample is converged when ‖x − BN(Conv(z))‖₂ ≤
-    max(rtol·‖x‖₂, atol) holds in float64 for the z that is returned. A float32 layer is solved with float32 Krylov
-    vectors and float64 residuals.
+    With frozen statistics the layer is A z + b̂ (spec S9). With ``stats="batch"`` x is a training-mode output: the
+    variance follows from x, the mean is taken from bn, and all samples are inconsistent when no z can produce x (S12).
+    A sample is converged when ‖x − BN(Conv(z))‖₂ ≤ max(rtol·‖x‖₂, atol) holds in float64 for the z that is returned. A
+    float32 layer is solved with float32 Krylov vectors or factors and float64 residuals.
 
     Args:
         conv: nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.Linear.
@@ -95,7 +97,7 @@ def solve(
             and number of channels), or "auto", which takes the cheapest and says why.
         preconditioner: for GMRES: "auto", "circulant", "row", "none", or a callable that maps residuals (B, C_out,
             *out) to corrections (B, C_in, *spatial), linearly.
-        stats: "running" or (mean, var), each (C_out,).
+        stats: "running", (mean, var), each (C_out,), or "batch".
         rtol: relative tolerance.
         atol: absolute tolerance.
         restart: Arnoldi steps per cycle; by default enough for convergence in one cycle, as far as memory allows.
@@ -113,7 +115,15 @@ def solve(
         ValueError: an argument is out of range or does not fit the layer.
     """
     _check_options(method, preconditioner, rtol, atol, restart, maxiter)
-    op = _operator(conv, bn, x, stats, x0, input_shape)
+    shape = _checked_tensors(conv, x, x0, input_shape)
+    live: LiveStatistics | None = None
+    rows = x.flatten(1).isfinite().all(1).nonzero().flatten()
+    if isinstance(stats, str) and stats == "batch":
+        if len(rows) < len(x):  # the statistics are those of all samples
+            rows = rows[:0]
+        live = live_statistics(bn, x.detach() if len(rows) else torch.zeros_like(x), rtol)
+        stats = (live.mean, live.var)
+    op = _operator(conv, bn, x, stats, shape)
     choice = choose(op, len(x), x.dtype, method, preconditioner if isinstance(preconditioner, str) else "callable")
     given = x.detach().double().flatten(1)
     rhs = given - op.channel_vector(op.offset)
@@ -121,38 +131,36 @@ def solve(
     scale = torch.where(scale > 0, scale, torch.linalg.vector_norm(rhs, dim=1))  # x = 0
     target = Target((rtol * scale).clamp_min(atol), scale)
     outcome = Outcome.unsolved(rhs, op.shape[1], "nonfinite")
-    rows = rhs.isfinite().all(1).nonzero().flatten()
     if op.singular_channels:
         outcome.put(rows, Outcome.unsolved(rhs[rows], op.shape[1], "singular"))
         reason = f"γ = 0 in channels {op.singular_channels}: x says nothing about z there"
-        return _finish(op, x, rhs, target, outcome, choice, reason)
-    z0 = None if x0 is None else x0.detach().double().flatten(1)[rows]
-    # the rest of the tolerance is left for rounding z to float32
-    goal = Target(target.norm * (0.25 if x.dtype == torch.float32 else 1.0), target.scale)[rows]
-    with Progress("solve", progress) as bar:
-        on_step = _reporter(callback, bar, rows, len(x)) if callback or progress else None
-        options = KrylovOptions(x.dtype, restart, maxiter, on_step)
-        solved = run(op, choice, preconditioner, rhs[rows], z0, goal, options)
-    outcome.put(rows, solved)
-    return _finish(op, x, rhs, target, outcome, choice, "; ".join(filter(None, [choice.reason, solved.note])))
+    else:
+        z0 = None if x0 is None else x0.detach().double().flatten(1)[rows]
+        # the rest of the tolerance is left for rounding z to float32, and for statistics taken anew
+        margin = 0.25 if x.dtype == torch.float32 or live else 1.0
+        with Progress("solve", progress) as bar:
+            on_step = _reporter(callback, bar, rows, len(x)) if callback or progress else None
+            options = KrylovOptions(x.dtype, restart, maxiter, on_step)
+            goal = Target(margin * target.norm, target.scale)[rows]
+            outcome.put(rows, run(op, choice, preconditioner, rhs[rows], z0, goal, options))
+        reason = "; ".join(filter(None, [choice.reason, outcome.note]))
 
-
-def _finish(
-    op: ConvBNOperator,
-    x: Tensor,
-    rhs: Tensor,
-    target: Target,
-    outcome: Outcome,
-    choice: Choice,
-    reason: str,
-) -> SolveResult:
-    """Round z to the layer's dtype; the residual of that z has the last word on each status."""
+    # z is rounded to the layer's dtype, and the residual of that z has the last word on each status
     z = outcome.z.to(x.dtype)
-    norms = torch.linalg.vector_norm(rhs - op.map.apply(z.double()), dim=1)
-    status = ["converged" if met else old for met, old in zip(norms <= target.norm, outcome.status, strict=True)]
-    unmet = [s == "converged" and not met for s, met in zip(status, norms <= target.norm, strict=True)]
-    if any(unmet):
-        status = ["stagnation" if u else s for u, s in zip(unmet, status, strict=True)]
+    if live is None:
+        residual = rhs - op.map.apply(z.double())
+    else:
+        residual = given - forward_live(z.reshape(-1, *op.input_shape), conv, bn)[0].flatten(1)
+    norms = torch.linalg.vector_norm(residual, dim=1)
+    met = (norms <= target.norm).tolist()
+    status = ["converged" if m else s for m, s in zip(met, outcome.status, strict=True)]
+    missed = [s == "converged" and not m for m, s in zip(met, status, strict=True)]
+    if live is not None and (live.inconsistent or any(missed)):
+        status = ["inconsistent" if s == "converged" else s for s in status]
+        worst = [f"channel {c}" for c in _worst_channels(residual, len(x), op.output_shape[0])]
+        reason += "; no z gives this x in training mode: " + ", ".join(live.inconsistent.values() or worst)
+    elif any(missed):
+        status = ["stagnation" if m else s for m, s in zip(missed, status, strict=True)]
         hint = ": try float64" if x.dtype == torch.float32 else ""
         reason += f"; rounding in {str(x.dtype).removeprefix('torch.')} alone exceeds the tolerance{hint}"
     return SolveResult(
@@ -166,6 +174,12 @@ def _finish(
         reason=reason,
         operator=op,
     )
+
+
+def _worst_channels(residual: Tensor, N: int, C: int) -> list[int]:
+    """Channels that hold most of the residual."""
+    per_channel = residual.reshape(N, C, -1).square().sum((0, 2))
+    return (per_channel >= 0.1 * per_channel.max()).nonzero().flatten().tolist()
 
 
 def _reporter(
@@ -203,10 +217,8 @@ def _check_options(
             raise ValueError(f"solve: {name} must be a positive int or None, got {count!r}")
 
 
-def _operator(
-    conv: Any, bn: Any, x: Tensor, stats: Stats, x0: Tensor | None, input_shape: Sequence[int] | None
-) -> ConvBNOperator:
-    """The operator whose output is x, after all checks of tensors and modules."""
+def _checked_tensors(conv: Any, x: Tensor, x0: Tensor | None, input_shape: Sequence[int] | None) -> tuple[int, ...]:
+    """Shape (C_in, *spatial) of z, after all checks that need no statistics."""
     geometry = Geometry.of(conv, "solve")
     weight: Tensor = conv.weight
     axes, c_in = len(geometry.kernel), weight.shape[1] * geometry.groups
@@ -230,17 +242,21 @@ def _operator(
         shape = tuple(x0.shape[1:])
     if min(shape) < 1:
         raise ValueError(f"solve: x {tuple(x.shape)} is no output of this layer: z would have shape {shape}")
+    if x0 is not None and tuple(x0.shape) != (len(x), *shape):
+        raise ValueError(f"solve: x0 must have shape {(len(x), *shape)}, got {tuple(x0.shape)}")
+    if x0 is not None and not x0.isfinite().all():
+        raise ValueError("solve: x0 is not finite")
+    return shape
+
+
+def _operator(conv: Any, bn: Any, x: Tensor, stats: Stats, shape: tuple[int, ...]) -> ConvBNOperator:
+    """The operator whose output is x."""
     op = ConvBNOperator(conv, bn, shape, stats=stats)
     if op.output_shape != tuple(x.shape[1:]):
         raise ValueError(
             f"solve: z of shape {op.input_shape} gives x of shape (N, {', '.join(map(str, op.output_shape))}), "
             f"got {tuple(x.shape)}"
         )
-    if x0 is not None:
-        if tuple(x0.shape) != (len(x), *op.input_shape):
-            raise ValueError(f"solve: x0 must have shape {(len(x), *op.input_shape)}, got {tuple(x0.shape)}")
-        if not x0.isfinite().all():
-            raise ValueError("solve: x0 is not finite")
     if not op.offset.isfinite().all() or not op.scale.isfinite().all():
         raise ValueError("solve: a parameter of bn or the bias of conv is not finite")
     return op

@@ -101,7 +101,8 @@ def circulant_map(blocks: Tensor, spatial: tuple[int, ...], dtype: torch.dtype) 
         replaced = int(small.sum())
         sigma = torch.where(small, largest, sigma)
         inverse[suspect] = Vh.mH @ (U.mH / sigma[..., None])
-    return _C.CirculantMap(inverse.resolve_conj().contiguous(), spatial), replaced
+    kept = inverse.resolve_conj().to(torch.complex64 if dtype == torch.float32 else torch.complex128)
+    return _C.CirculantMap(kept.contiguous(), spatial), replaced
 
 
 def precondition(op: ConvBNOperator, which: str | Correction, dtype: torch.dtype) -> Preconditioned:

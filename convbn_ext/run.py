@@ -79,29 +79,24 @@ def _direct(
     options: KrylovOptions,
     transpose: bool,
 ) -> Outcome:
-    """LU in float32 with float64 residuals; what that cannot settle goes on with a factor in float64."""
+    """LU with float64 residuals, and GMRES steps on it where refinement alone is slow."""
     assert choice.layout is not None
-    left, singular = op.channel_vector(1 / op.scale), False
-    result = Outcome.unsolved(rhs, op.shape[1], "stagnation")
-    rows = torch.arange(len(rhs), device=rhs.device)
-    for dtype in (torch.float32, torch.float64):
-        factor = cached_factor(op, choice.layout, dtype)
-        if factor is None:
-            singular = True
-            continue
-        system = Preconditioned(left, op.conv_map, factor, min(op.shape[1], _STEPS_ON_LU))
+    found = cached_factor(op, choice.layout)
+    if found is None:
+        which = "circulant" if op.has_symbol and op.input_shape == op.output_shape else "row"
+        instead = Choice("gmres", which, "")
         if transpose:
-            system = system.transpose()
-        start = z0 if z0 is None else z0[rows]
-        residual_map = system.matrix if transpose else op.map
-        part = refine(residual_map, system, rhs[rows], start, target[rows], replace(options, dtype=dtype))
-        result.extend(rows, part)
-        open_rows = [i for i in rows.tolist() if result.status[i] != "converged"]
-        if not open_rows:
-            break
-        rows, z0 = torch.tensor(open_rows, device=rhs.device), result.z
-    if transpose:
-        result.z *= left
-    if singular:
-        result.note = f"a pivot block of the {choice.layout} is singular"
+            result = run_transpose(op, instead, rhs, target, options)
+        else:
+            result = run(op, instead, which, rhs, z0, target, options)
+        return _with_note(result, f"a pivot block is singular: GMRES, preconditioner {which}, instead", singular=False)
+    factor, dtype = found
+    left = op.channel_vector(1 / op.scale)
+    system = Preconditioned(left, op.conv_map, factor, min(op.shape[1], _STEPS_ON_LU))
+    options = replace(options, dtype=dtype)
+    if not transpose:
+        return refine(op.map, system, rhs, z0, target, options)
+    system = system.transpose()
+    result = refine(system.matrix, system, rhs, None, target, options)
+    result.z *= left
     return result

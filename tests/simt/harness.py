@@ -117,21 +117,25 @@ class Simulator:
         self._buffers.append(Buffer(self, tensor.contiguous(), name, False, offset))
         return self._buffers[-1]
 
-    def run(self, kernel: str, *arguments: Buffer | int | float | None) -> None:
-        """Call an exported launcher; ints are passed as int64, floats as double, None as a null pointer."""
-        function = getattr(self.library, kernel)
-        function.restype = ctypes.c_int
+    def call(self, function: str, *arguments: Buffer | int | float | None) -> int:
+        """Call an exported function; ints are passed as int64, floats as double, None as a null pointer."""
+        entry = getattr(self.library, function)
+        entry.restype = ctypes.c_int64
         converted = []
         for argument in arguments:
             if argument is None or isinstance(argument, Buffer):
                 converted.append(ctypes.c_void_p(argument.address if argument else None))
             else:
                 converted.append(ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
-        with tempfile.TemporaryFile() as caught:  # undefined-behaviour reports come on stderr
+        return entry(*converted)
+
+    def run(self, launcher: str, *arguments: Buffer | int | float | None) -> None:
+        """Call an exported launcher; what the undefined-behaviour sanitizer prints becomes reports."""
+        with tempfile.TemporaryFile() as caught:
             saved = os.dup(2)
             os.dup2(caught.fileno(), 2)
             try:
-                function(*converted)
+                self.call(launcher, *arguments)
             finally:
                 os.dup2(saved, 2)
                 os.close(saved)

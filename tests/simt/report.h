@@ -9,6 +9,7 @@ namespace simt {
 
 // "file:line" of the instruction before a return address.
 const std::string& source_line(const void* return_address);
+void resolve_lines(const std::vector<const void*>& return_addresses);  // many at once are as fast as one
 
 class Reports {
  public:

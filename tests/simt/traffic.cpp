@@ -103,6 +103,9 @@ void Traffic::end_window() {
 }
 
 std::string Traffic::take() {
+  std::vector<const void*> sites;
+  for (const Instruction& i : instructions_) sites.push_back(i.site);
+  resolve_lines(sites);
   std::string text;
   for (const Instruction& i : instructions_) {
     text += i.kernel + "|" + source_line(i.site) + "|" + i.region + "|" + (i.shared ? "shared" : "global") + "|" +

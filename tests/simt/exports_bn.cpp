@@ -1,0 +1,47 @@
+// The launchers of csrc/cuda/bn.h for Python. Arguments in the order of harness.py's bn_problem.
+#include "api.h"
+#include "bn.h"
+
+namespace {
+
+convbn::BnProblem problem(int64_t scalar, int64_t channels_last, int64_t outer, int64_t channels, int64_t inner,
+                          int64_t activation, double slope, const void* y, const void* residual, const void* grad,
+                          const void* out, const double* mean, const double* scale, const double* bias) {
+  return {static_cast<convbn::Scalar>(scalar),
+          channels_last != 0,
+          outer,
+          channels,
+          inner,
+          static_cast<convbn::Activation>(activation),
+          slope,
+          y,
+          residual,
+          grad,
+          out,
+          mean,
+          scale,
+          bias};
+}
+
+}  // namespace
+
+#define BN_PARAMETERS                                                                                           \
+  int64_t scalar, int64_t channels_last, int64_t outer, int64_t channels, int64_t inner, int64_t activation,    \
+      double slope, const void *y, const void *residual, const void *grad, const void *out, const double *mean, \
+      const double *scale, const double *bias
+#define BN_PROBLEM \
+  problem(scalar, channels_last, outer, channels, inner, activation, slope, y, residual, grad, out, mean, scale, bias)
+
+SIMT_API int64_t bn_scratch_size(BN_PARAMETERS) { return convbn::bn_scratch_size(BN_PROBLEM); }
+SIMT_API void bn_statistics(BN_PARAMETERS, double* scratch, double* result_mean, double* result_var) {
+  convbn::launch_bn_statistics(BN_PROBLEM, scratch, result_mean, result_var, nullptr);
+}
+SIMT_API void bn_apply(BN_PARAMETERS, void* result) { convbn::launch_bn_apply(BN_PROBLEM, result, nullptr); }
+SIMT_API void bn_backward_reduce(BN_PARAMETERS, double* scratch, double* sum_g, double* sum_gd) {
+  convbn::launch_bn_backward_reduce(BN_PROBLEM, scratch, sum_g, sum_gd, nullptr);
+}
+SIMT_API void bn_backward_apply(BN_PARAMETERS, const double* a, const double* b, const double* c, void* grad_y,
+                                void* grad_residual) {
+  convbn::launch_bn_backward_apply(BN_PROBLEM, a, b, c, grad_y, grad_residual, nullptr);
+}
+SIMT_API void bn_invert(BN_PARAMETERS, void* result) { convbn::launch_bn_invert(BN_PROBLEM, result, nullptr); }

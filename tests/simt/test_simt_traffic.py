@@ -1,0 +1,68 @@
+"""What the batch normalisation kernels ask of memory: sectors and bank passes against the ideal, full-tensor passes."""
+
+from collections import defaultdict
+
+import harness
+import pytest
+import torch
+from test_simt_bn import Case, run_everything, tensors
+
+pytestmark = pytest.mark.skipif("instrumented" not in harness.BUILDS, reason="the instrumented build counts traffic")
+
+TENSORS = ("y", "grad", "residual", "out_", "grad_y", "grad_residual")
+FORWARD, BACKWARD = ("bn_statistics", "bn_apply"), ("bn_backward_reduce", "bn_backward_apply")
+
+
+def traffic_of(shape, dtype, channels_last, activation="relu"):
+    sim = harness.simulator("instrumented")
+    sim.schedule("ascending")
+    sim.traffic()
+    return run_everything(Case(sim, tensors(shape, dtype), channels_last, activation))[1]
+
+
+def passes(traffic, kernels, tensor_bytes):
+    """Full-tensor passes: 32-byte sectors moved to and from the tensors, over the sectors of one tensor."""
+    sectors = sum(row.moved for kernel in kernels for row in traffic[kernel] if row.region in TENSORS)
+    return sectors * 32 / tensor_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
+def test_three_passes_forward_and_five_backward(dtype, channels_last):
+    shape = (3, 64, 8, 8)
+    traffic = traffic_of(shape, dtype, channels_last)
+    size = 3 * 64 * 8 * 8 * dtype.itemsize
+    assert passes(traffic, FORWARD, size) == 3  # y; y, out
+    assert passes(traffic, BACKWARD, size) == 5  # y, grad; y, grad, grad_y
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
+def test_sectors_and_banks_are_near_the_ideal(dtype, channels_last, capsys):
+    """On tile-aligned shapes ≤ 1.10; the float32 table of every kernel and region is printed."""
+    traffic = traffic_of((3, 64, 8, 8), dtype, channels_last)
+    lines = []
+    for rows in traffic.values():
+        total = defaultdict(lambda: [0, 0])
+        for row in rows:
+            key = (row.kernel.split("<")[0].strip("("), row.region, row.space, row.mode)
+            total[key][0] += row.moved
+            total[key][1] += row.ideal
+        for (kernel, region, space, mode), (moved, ideal) in total.items():
+            lines.append(f"{kernel:28} {region:12} {space:6} {mode:5} {moved:7} {ideal:7} {moved / ideal:5.2f}")
+            if region in TENSORS or space == "shared":
+                assert moved <= 1.10 * ideal, lines[-1]
+    if dtype != torch.float32:
+        return
+    with capsys.disabled():
+        print(f"\n{'NHWC' if channels_last else 'NCHW'} {dtype}: sectors or bank passes, ideal, ratio")
+        print("\n".join(lines))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_odd_channels_still_move_in_packs(dtype):
+    """C = 3 and 37: rows side by side make whole packs, so channels_last reads each sector about once."""
+    for channels in (3, 37):
+        shape = (2, channels, 15, 17)
+        size = 2 * channels * 15 * 17 * dtype.itemsize
+        assert passes(traffic_of(shape, dtype, True), FORWARD, size) <= 3.3

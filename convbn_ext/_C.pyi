@@ -76,3 +76,21 @@ def gmres(
     on_step: Callable[[Tensor, Callable[[], Tensor]], object] | None = None,
     on_cycle: Callable[[Tensor], object] | None = None,
 ) -> GmresResult: ...
+def block_gmres(
+    A: LinearMap,
+    b: Tensor,
+    x0: Tensor | None = None,
+    M: LinearMap | None = None,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 0.0,
+    restart: int = 0,
+    maxiter: int = 0,
+    max_cycles: int = 0,
+    max_basis_bytes: int = 0,
+    flexible: bool = False,
+    least_reduction: float = 0.999,
+    inner_dtype: torch.dtype | None = None,
+    on_step: Callable[[Tensor, Callable[[], Tensor]], object] | None = None,
+    on_cycle: Callable[[Tensor], object] | None = None,
+) -> GmresResult: ...

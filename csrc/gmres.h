@@ -64,4 +64,10 @@ struct GmresResult {
 GmresResult gmres(const LinearMap& A, const at::Tensor& b, const std::optional<at::Tensor>& x0, const LinearMap* M,
                   const GmresOptions& options);
 
+// The same for systems that help each other: one Krylov space, spanned by the blocks of all of them (block_gmres.cpp).
+// An iteration is a block step; restart bounds the dimension of the space. Systems share their fate within a cycle, and
+// verdicts are per system.
+GmresResult block_gmres(const LinearMap& A, const at::Tensor& b, const std::optional<at::Tensor>& x0,
+                        const LinearMap* M, const GmresOptions& options);
+
 }  // namespace convbn

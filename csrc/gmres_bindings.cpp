@@ -45,11 +45,14 @@ struct CallableMap final : LinearMap {
 using Clock = std::chrono::steady_clock;
 constexpr auto kSignalInterval = std::chrono::milliseconds(20);
 
-GmresResult gmres_python(const LinearMap& A, const Tensor& b, const std::optional<Tensor>& x0, const LinearMap* M,
-                         double rtol, double atol, int64_t restart, int64_t maxiter, int64_t max_cycles,
-                         int64_t max_basis_bytes, bool flexible, double least_reduction,
-                         std::optional<at::ScalarType> inner_dtype, const py::object& on_step,
-                         const py::object& on_cycle) {
+using Solver = decltype(&gmres);
+
+template <Solver solver>
+GmresResult from_python(const LinearMap& A, const Tensor& b, const std::optional<Tensor>& x0, const LinearMap* M,
+                        double rtol, double atol, int64_t restart, int64_t maxiter, int64_t max_cycles,
+                        int64_t max_basis_bytes, bool flexible, double least_reduction,
+                        std::optional<at::ScalarType> inner_dtype, const py::object& on_step,
+                        const py::object& on_cycle) {
   GmresOptions options{rtol,        atol, restart, maxiter, max_cycles, max_basis_bytes, flexible, least_reduction,
                        inner_dtype, {},   {}};
   auto looked = Clock::now();
@@ -67,7 +70,18 @@ GmresResult gmres_python(const LinearMap& A, const Tensor& b, const std::optiona
       on_cycle(x);
     };
   const py::gil_scoped_release no_gil;
-  return gmres(A, b, x0, M, options);
+  return solver(A, b, x0, M, options);
+}
+
+template <Solver solver>
+void define(py::module_& m, const char* function, const char* doc) {
+  const GmresOptions defaults;
+  m.def(function, &from_python<solver>, doc, py::arg("A"), py::arg("b"), py::arg("x0") = py::none(),
+        py::arg("M") = py::none(), py::kw_only(), py::arg("rtol") = defaults.rtol, py::arg("atol") = defaults.atol,
+        py::arg("restart") = defaults.restart, py::arg("maxiter") = defaults.maxiter,
+        py::arg("max_cycles") = defaults.max_cycles, py::arg("max_basis_bytes") = defaults.max_basis_bytes,
+        py::arg("flexible") = defaults.flexible, py::arg("least_reduction") = defaults.least_reduction,
+        py::arg("inner_dtype") = py::none(), py::arg("on_step") = py::none(), py::arg("on_cycle") = py::none());
 }
 
 }  // namespace
@@ -91,14 +105,8 @@ void bind_gmres(py::module_& m) {
       .def_readonly("restart", &GmresResult::restart)
       .def_readonly("basis_limited", &GmresResult::basis_limited);
 
-  const GmresOptions defaults;
-  m.def("gmres", &gmres_python, "Restarted, right-preconditioned GMRES for a batch of systems; see csrc/gmres.h",
-        py::arg("A"), py::arg("b"), py::arg("x0") = py::none(), py::arg("M") = py::none(), py::kw_only(),
-        py::arg("rtol") = defaults.rtol, py::arg("atol") = defaults.atol, py::arg("restart") = defaults.restart,
-        py::arg("maxiter") = defaults.maxiter, py::arg("max_cycles") = defaults.max_cycles,
-        py::arg("max_basis_bytes") = defaults.max_basis_bytes, py::arg("flexible") = defaults.flexible,
-        py::arg("least_reduction") = defaults.least_reduction, py::arg("inner_dtype") = py::none(),
-        py::arg("on_step") = py::none(), py::arg("on_cycle") = py::none());
+  define<gmres>(m, "gmres", "Restarted, right-preconditioned GMRES for a batch of systems; see csrc/gmres.h");
+  define<block_gmres>(m, "block_gmres", "GMRES over one Krylov space for all systems; see csrc/gmres.h");
 }
 
 }  // namespace convbn

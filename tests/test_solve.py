@@ -303,3 +303,22 @@ def test_parameters_that_are_not_finite():
         conv.weight[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match=r"conv\.weight is not finite"):
         cb.solve(conv, bn, x)
+
+
+def test_memory_ceiling_splits_the_batch_and_is_stated_when_it_binds(monkeypatch):
+    conv, bn, _, x = trained_layer((3, 8, 8), 5)
+    options = {"method": "gmres", "rtol": 1e-9}
+    whole, seen = cb.solve(conv, bn, x, **options), []
+    vector = 192 * 8
+    monkeypatch.setattr("convbn_ext.methods.BASIS_BYTES", 2 * 86 * vector)  # two samples at a time
+    parts = cb.solve(conv, bn, x, callback=seen.append, **options)
+    assert parts.converged
+    assert parts.iterations.tolist() == whole.iterations.tolist()
+    torch.testing.assert_close(parts.z, whole.z, rtol=1e-6, atol=1e-8)
+    assert "basis is limited" not in parts.reason
+    assert seen[0].isnan().tolist() == [False, False, True, True, True]
+    monkeypatch.setattr("convbn_ext.methods.BASIS_BYTES", 20 * vector)
+    short = cb.solve(conv, bn, x, maxiter=200, **options)
+    assert "the basis is limited to" in short.reason
+    assert "restart is 19" in short.reason
+    assert not short.converged

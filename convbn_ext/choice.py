@@ -17,8 +17,8 @@ from .direct import FACTOR_BYTES, Layout, layouts
 from .operator import ConvBNOperator
 from .preconditioners import border_rank
 
-GEMM, STREAM, MEMORY, CALL = 5e10, 2e9, 1e10, 1e-4  # flop/s in products, flop/s elsewhere, byte/s, seconds per call
-REFINEMENTS = 3
+GEMM, STREAM, MEMORY, CALL = 3e10, 2e9, 1e10, 1e-4  # flop/s in products, flop/s elsewhere, byte/s, seconds per call
+REFINEMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _gmres_seconds(op: ConvBNOperator, batch: int, itemsize: int) -> float:
 
 def best_layout(op: ConvBNOperator, batch: int) -> Layout | None:
     """The cheapest factor that fits in memory."""
-    fitting = [layout for layout in layouts(op) if layout.numbers * torch.float32.itemsize <= FACTOR_BYTES]
+    fitting = [layout for layout in layouts(op) if layout.numbers * torch.float64.itemsize <= FACTOR_BYTES]
     return min(fitting, key=lambda layout: _direct_seconds(layout, batch), default=None)
 
 

@@ -81,8 +81,8 @@ def _direct(
 ) -> Outcome:
     """LU with float64 residuals, and GMRES steps on it where refinement alone is slow."""
     assert choice.layout is not None
-    found = cached_factor(op, choice.layout)
-    if found is None:
+    factor = cached_factor(op, choice.layout)
+    if factor is None:
         which = "circulant" if op.has_symbol and op.input_shape == op.output_shape else "row"
         instead = Choice("gmres", which, "")
         if transpose:
@@ -90,10 +90,9 @@ def _direct(
         else:
             result = run(op, instead, which, rhs, z0, target, options)
         return _with_note(result, f"a pivot block is singular: GMRES, preconditioner {which}, instead", singular=False)
-    factor, dtype = found
     left = op.channel_vector(1 / op.scale)
     system = Preconditioned(left, op.conv_map, factor, min(op.shape[1], _STEPS_ON_LU))
-    options = replace(options, dtype=dtype)
+    options = replace(options, dtype=torch.float64)
     if not transpose:
         return refine(op.map, system, rhs, z0, target, options)
     system = system.transpose()

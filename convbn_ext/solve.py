@@ -87,7 +87,7 @@ def solve(
     With frozen statistics the layer is A z + b̂ (spec S9). With ``stats="batch"`` x is a training-mode output: the
     variance follows from x, the mean is taken from bn, and all samples are inconsistent when no z can produce x (S12).
     A sample is converged when ‖x − BN(Conv(z))‖₂ ≤ max(rtol·‖x‖₂, atol) holds in float64 for the z that is returned. A
-    float32 layer is solved with float32 Krylov vectors or factors and float64 residuals.
+    float32 layer is solved with float32 Krylov vectors and float64 residuals; factors and FFTs are float64.
 
     Args:
         conv: nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.Linear.

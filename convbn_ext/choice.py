@@ -58,7 +58,7 @@ def choose(op: ConvBNOperator, batch: int, dtype: torch.dtype, method: str, prec
     """
     square, symbol = op.shape[0] == op.shape[1], op.has_symbol and op.input_shape == op.output_shape
     sizes = f"{op.input_shape} -> {op.output_shape}"
-    if method in ("fft", "direct", "gmres") and not square:
+    if method in ("fft", "direct", "gmres", "block_gmres") and not square:
         raise ValueError(f"solve: method {method} needs as many outputs as inputs, got {sizes}")
     exact = symbol and (op.geometry.mode == "circular" or border_rank(op) == 0)
     if method == "fft" and not exact:
@@ -84,8 +84,9 @@ def choose(op: ConvBNOperator, batch: int, dtype: torch.dtype, method: str, prec
         preconditioner = "circulant" if symbol else "row"
     elif method == "auto":
         method = "gmres"
-    if method == "gmres":
-        return Choice("gmres", preconditioner, f"GMRES, preconditioner {preconditioner}")
+    if method in ("gmres", "block_gmres"):
+        name = "block GMRES over the batch" if method == "block_gmres" else "GMRES"
+        return Choice(method, preconditioner, f"{name}, preconditioner {preconditioner}")
     if layout is None:
         return Choice("gmres", preconditioner, f"GMRES, preconditioner {preconditioner}: no LU factor fits in memory")
     factor, krylov = _direct_seconds(layout, batch), _gmres_seconds(op, batch, dtype.itemsize)

@@ -117,7 +117,11 @@ class _Invert(torch.autograd.Function):
                 residual = x.double().flatten(1) - op.channel_vector(op.offset) - op.map.apply(z.double().flatten(1))
                 second = (residual, w)
         else:
-            asked = "auto" if result.method != "gmres" or result.preconditioner == "callable" else result.preconditioner
+            asked = (
+                "auto"
+                if result.method not in ("gmres", "block_gmres") or result.preconditioner == "callable"
+                else result.preconditioner
+            )
             choice = choose(op, len(g), x.dtype, result.method, asked)
             norm = torch.linalg.vector_norm(g, dim=1)
             options = KrylovOptions(x.dtype, ctx.options.get("restart"), ctx.options.get("maxiter"))

@@ -71,12 +71,16 @@ class Target:
 
 @dataclass(frozen=True)
 class KrylovOptions:
-    """restart and maxiter as in ``solve``; dtype of the Arnoldi vectors; on_step gets rows and relative residuals."""
+    """restart and maxiter as in ``solve``; dtype of the Arnoldi vectors; on_step gets rows and relative residuals.
+
+    With ``block`` all rows share one Krylov space, an iteration is a block step, and restart bounds the dimension.
+    """
 
     dtype: torch.dtype
     restart: int | None = None
     maxiter: int | None = None
     on_step: Callable[[slice | Tensor, Tensor], None] | None = None
+    block: bool = False
 
 
 def gmres(system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target, options: KrylovOptions) -> Outcome:
@@ -93,10 +97,11 @@ def gmres(system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target
         options: cycle length and limits.
     """
     B, n = rhs.shape
-    restart = min(options.restart or system.steps, n)
+    expected = system.steps + 2 * B if options.block else system.steps  # a block needs rank + 2 B dimensions
+    restart = min(options.restart or expected, n)
     maxiter = options.maxiter or max(2 * n, 100)
     vector_bytes = n * options.dtype.itemsize
-    part = max(1, min(B, BASIS_BYTES // ((restart + 1) * vector_bytes)))
+    part = B if options.block else max(1, min(B, BASIS_BYTES // ((restart + 1) * vector_bytes)))
     unit = target.norm * system.left.abs().min()  # ‖L r‖ ≤ unit implies ‖r‖ ≤ target
     unit = torch.where(unit > 0, unit, 1)[:, None]
     to_relative = target.norm / torch.where(target.scale > 0, target.scale, 1)
@@ -114,7 +119,7 @@ def gmres(system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target
             assert options.on_step is not None
             options.on_step(rows, norms * factor)
 
-        solved = _C.gmres(
+        solved = (_C.block_gmres if options.block else _C.gmres)(
             system.matrix,
             rhs[rows] * system.left / unit[rows],
             None if z0 is None else z0[rows] / unit[rows],

@@ -33,8 +33,8 @@ def run(
         return _direct(op, choice, rhs, z0, target, options, transpose=False)
     which = preconditioner if callable(preconditioner) else choice.preconditioner
     system, options = _system(op, choice.method, which, options)
-    if choice.method == "gmres":
-        result = gmres(system, rhs, z0, target, options)
+    if choice.method in ("gmres", "block_gmres"):
+        result = gmres(system, rhs, z0, target, replace(options, block=choice.method == "block_gmres"))
     else:
         result = refine(op.map, system, rhs, z0, target, options)
     return _with_note(result, system.note, singular=choice.method == "fft")
@@ -46,8 +46,8 @@ def run_transpose(op: ConvBNOperator, choice: Choice, rhs: Tensor, target: Targe
         return _direct(op, choice, rhs, None, target, options, transpose=True)
     system, options = _system(op, choice.method, choice.preconditioner, options)
     left, system = system.left, system.transpose()
-    if choice.method == "gmres":
-        result = gmres(system, rhs, None, target, options)
+    if choice.method in ("gmres", "block_gmres"):
+        result = gmres(system, rhs, None, target, replace(options, block=choice.method == "block_gmres"))
     else:
         result = refine(system.matrix, system, rhs, None, target, options)
     result.z *= left

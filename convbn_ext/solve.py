@@ -20,7 +20,7 @@ from .preconditioners import Correction
 from .progress import Progress
 from .run import run
 
-METHODS = ("auto", "fft", "direct", "gmres", "lsq")
+METHODS = ("auto", "fft", "direct", "gmres", "block_gmres", "lsq")
 PRECONDITIONERS = ("auto", "circulant", "row", "none")
 
 
@@ -31,7 +31,7 @@ class SolveResult:
     Attributes:
         z: (N, C_in, *spatial); NaN in samples that are nonfinite or singular.
         status: per sample, one of converged, maxiter, stagnation, breakdown, singular, inconsistent, nonfinite.
-        iterations: (N,) Arnoldi steps; a refinement step of a direct method counts as one.
+        iterations: (N,) Arnoldi steps; a block step, or a refinement step of a direct method, counts as one.
         residual: (N,) float64, ‖x − BN(Conv(z))‖₂ / ‖x‖₂ of the z returned, computed in float64 (error3 of spec S13;
             for x = 0 relative to ‖BN(Conv(0))‖).
         history: per sample, the relative residual before the first step and after each step, as the method sees it: an
@@ -93,8 +93,9 @@ def solve(
         conv: nn.Conv1d, nn.Conv2d, nn.Conv3d or nn.Linear.
         bn: the batch normalisation behind it; its mode (train or eval) does not matter.
         x: (N, C_out, *out), float32 or float64, with the dtype and device of conv.
-        method: "fft" (circular padding), "direct" (LU), "gmres", "lsq" (least squares or minimum norm, for any stride
-            and number of channels), or "auto", which takes the cheapest and says why.
+        method: "fft" (circular padding), "direct" (LU), "gmres", "block_gmres" (one Krylov space for the batch), "lsq"
+            (least squares or minimum norm, for any stride and number of channels), or "auto", which takes the cheapest
+            and says why.
         preconditioner: for GMRES: "auto", "circulant", "row", "none", or a callable that maps residuals (B, C_out,
             *out) to corrections (B, C_in, *spatial), linearly.
         stats: "running", (mean, var), each (C_out,), or "batch".

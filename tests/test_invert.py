@@ -36,6 +36,7 @@ def leaves(conv, bn, x):
     [
         ((2, 3, 4), 3, {"padding": 1}, {"method": "gmres"}),
         ((2, 3, 4), 3, {"padding": 1}, {"method": "direct"}),
+        ((2, 3, 4), 3, {"padding": 1}, {"method": "block_gmres"}),
         ((2, 3, 4), 3, {"padding": 1}, {"method": "gmres", "preconditioner": "row"}),
         ((2, 3, 4), 3, {"padding": 1, "padding_mode": "circular"}, {"method": "fft"}),
         ((2, 3, 4), 3, {"padding": 1, "padding_mode": "reflect"}, {"method": "auto"}),

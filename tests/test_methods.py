@@ -71,6 +71,17 @@ def test_direct_solves_default_layers(shape, mode, dtype):
     assert [len(h) for h in result.history] == [1 + i for i in result.iterations.tolist()]
 
 
+@pytest.mark.parametrize(("shape", "batch", "steps"), [((3, 8, 8), 64, 4), ((3, 16, 16), 64, 5), ((2, 6, 6), 1, 41)])
+def test_block_gmres_shares_one_space(shape, batch, steps):
+    conv, bn, z, x = trained_layer(shape, batch)
+    x[0, 0] = torch.nan if batch > 1 else x[0, 0]
+    result = cb.solve(conv, bn, x, method="block_gmres", rtol=1e-8)
+    assert result.status == ["nonfinite"] * (batch > 1) + ["converged"] * (batch - (batch > 1)), result.reason
+    assert int(result.iterations.max()) <= steps
+    good = slice(1, None) if batch > 1 else slice(None)
+    assert (result.z[good] - z[good]).norm() <= 1e-4 * z.norm()
+
+
 def test_direct_agrees_with_lapack_on_hard_data():
     conv, bn = random_layer((3, 12, 10), 3, 3, padding=1)
     x = torch.randn(4, 3, 12, 10, dtype=torch.float64)

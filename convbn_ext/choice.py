@@ -3,7 +3,7 @@
 Costs are seconds on an ordinary machine. Their ratios matter, not their values:
 
     direct   factor_flops / GEMM + groups · CALL + B · (one step: 6 R m² flops / GEMM) · REFINEMENTS
-    gmres    B · (s · work of A and M + 3/2 s² n numbers of the basis / MEMORY) + s · CALL,  s = border rank + 1
+    krylov   s · work of A and M + 4 s² n flops / GEMM + s / B · CALL,  s = border rank + 2 B vectors of a block method
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .direct import FACTOR_BYTES, Layout, layouts
 from .operator import ConvBNOperator
 from .preconditioners import border_rank
 
-GEMM, STREAM, MEMORY, CALL = 3e10, 2e9, 1e10, 1e-4  # flop/s in products, flop/s elsewhere, byte/s, seconds per call
+GEMM, STREAM, CALL = 3e10, 2e9, 1e-4  # flop/s in products, flop/s elsewhere, seconds per call
 REFINEMENTS = 2
 
 
@@ -36,12 +36,12 @@ def _direct_seconds(layout: Layout, batch: int) -> float:
     return layout.factor_flops / GEMM + layout.groups * CALL + REFINEMENTS * (batch * step + layout.groups * CALL / 4)
 
 
-def _gmres_seconds(op: ConvBNOperator, batch: int, itemsize: int) -> float:
+def _krylov_seconds(op: ConvBNOperator, batch: int) -> float:
     n, channels = op.shape[1], op.input_shape[0]
-    steps = min(n, border_rank(op) + 1) if op.has_symbol else n
+    dimension = min(n, (border_rank(op) if op.has_symbol else n) + 2 * batch)
     taps = op.weight[0].numel()
     work = n * (2 * taps / GEMM + (30 * math.log2(n + 1) + 8 * channels / op.geometry.groups) / STREAM)
-    return batch * (steps * work + 1.5 * steps**2 * n * itemsize / MEMORY) + steps * CALL
+    return dimension * work + 4.0 * dimension**2 * n / GEMM + dimension / batch * CALL
 
 
 def best_layout(op: ConvBNOperator, batch: int) -> Layout | None:
@@ -50,7 +50,7 @@ def best_layout(op: ConvBNOperator, batch: int) -> Layout | None:
     return min(fitting, key=lambda layout: _direct_seconds(layout, batch), default=None)
 
 
-def choose(op: ConvBNOperator, batch: int, dtype: torch.dtype, method: str, preconditioner: str) -> Choice:
+def choose(op: ConvBNOperator, batch: int, method: str, preconditioner: str) -> Choice:
     """Decide what was left to "auto".
 
     Raises:
@@ -87,10 +87,11 @@ def choose(op: ConvBNOperator, batch: int, dtype: torch.dtype, method: str, prec
     if method in ("gmres", "block_gmres"):
         name = "block GMRES over the batch" if method == "block_gmres" else "GMRES"
         return Choice(method, preconditioner, f"{name}, preconditioner {preconditioner}")
+    krylov = "block_gmres" if batch > 1 else "gmres"
     if layout is None:
-        return Choice("gmres", preconditioner, f"GMRES, preconditioner {preconditioner}: no LU factor fits in memory")
-    factor, krylov = _direct_seconds(layout, batch), _gmres_seconds(op, batch, dtype.itemsize)
-    costs = f"estimated {factor:.2g} s for {layout}, {krylov:.2g} s for GMRES"
-    if factor <= krylov:
+        return Choice(krylov, preconditioner, f"preconditioner {preconditioner}: no LU factor fits in memory")
+    factor, iterative = _direct_seconds(layout, batch), _krylov_seconds(op, batch)
+    costs = f"estimated {factor:.2g} s for {layout}, {iterative:.2g} s for {krylov}"
+    if factor <= iterative:
         return Choice("direct", "lu", costs, layout)
-    return Choice("gmres", preconditioner, f"preconditioner {preconditioner}; {costs}")
+    return Choice(krylov, preconditioner, f"preconditioner {preconditioner}; {costs}")

@@ -122,7 +122,7 @@ class _Invert(torch.autograd.Function):
                 if result.method not in ("gmres", "block_gmres") or result.preconditioner == "callable"
                 else result.preconditioner
             )
-            choice = choose(op, len(g), x.dtype, result.method, asked)
+            choice = choose(op, len(g), result.method, asked)
             norm = torch.linalg.vector_norm(g, dim=1)
             options = KrylovOptions(x.dtype, ctx.options.get("restart"), ctx.options.get("maxiter"))
             lam = _settled(run_transpose(op, choice, g, Target(rtol * norm, norm), options))

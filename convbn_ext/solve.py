@@ -125,7 +125,7 @@ def solve(
         live = live_statistics(bn, x.detach() if len(rows) else torch.zeros_like(x), rtol)
         stats = (live.mean, live.var)
     op = _operator(conv, bn, x, stats, shape)
-    choice = choose(op, len(x), x.dtype, method, preconditioner if isinstance(preconditioner, str) else "callable")
+    choice = choose(op, len(x), method, preconditioner if isinstance(preconditioner, str) else "callable")
     given = x.detach().double().flatten(1)
     rhs = given - op.channel_vector(op.offset)
     scale = torch.linalg.vector_norm(given, dim=1)

@@ -83,6 +83,8 @@ class Build(cpp_extension.BuildExtension):
     """BuildExtension that also writes down which torch the library was built against."""
 
     def run(self):
+        # object files stay, also after an editable install: only what changed is compiled again
+        self.build_temp = str(ROOT / "build" / f"temp-{torch.__version__}-{'debug' if DEBUG else 'release'}")
         super().run()
         target = Path(self.get_ext_fullpath("convbn_ext._C")).with_name("_build_info.py")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Fused convolution + batch normalisation (+ residual + activation): the function and its autograd rules."""
+"""Fused convolution + batch normalisation (+ residual + activation): the public function."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import autograd  # noqa: F401  (registers shapes and gradients of the operators)
 from .geometry import Geometry
 
 _ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu", "hardswish")
@@ -224,143 +225,3 @@ def _update_running(
     if running_var is not None:
         count = out.numel() // out.shape[1]
         running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
-
-
-# ---- torch.library: shapes without data, and gradients ----
-
-
-@torch.library.register_fake("convbn_ext::conv_bn_forward")
-def _forward_fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    memory: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str,
-    eps: float,
-    activation: str,
-    slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channels = weight.shape[0]
-    if weight.dim() == 2:
-        y = input.new_empty((input.shape[0], channels))
-    else:
-        # torch's own convolution on fake tensors knows sizes and memory format
-        x = input.new_empty(_padded_sizes(input, padding)).to(memory_format=_format_of(input))
-        y = torch.ops.aten.convolution(
-            x, weight, None, stride, [0] * len(stride), dilation, False, [0] * len(stride), groups
-        )
-    mean, var = (input.new_empty(channels, dtype=torch.float64) for _ in range(2))
-    return torch.empty_like(y), y if memory == "save" else input.new_empty(0), mean, var
-
-
-def _padded_sizes(input: Tensor, padding: Sequence[int]) -> list[Any]:
-    spatial = [size + padding[2 * i] + padding[2 * i + 1] for i, size in enumerate(input.shape[2:])]
-    return [*input.shape[:2], *spatial]
-
-
-def _format_of(input: Tensor) -> torch.memory_format:
-    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if input.dim() == dims and input.is_contiguous(memory_format=memory_format) and not input.is_contiguous():
-            return memory_format
-    return torch.contiguous_format
-
-
-@torch.library.register_fake("convbn_ext::conv_bn_backward")
-def _backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    y: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    residual: Tensor | None,
-    out: Tensor | None,
-    training: bool,
-    memory: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    padding_mode: str,
-    eps: float,
-    activation: str,
-    slope: float,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    like = (input, weight, bn_weight, bn_bias, grad_output)
-    return tuple(
-        torch.empty_like(t) if wanted and t is not None else input.new_empty(0)
-        for t, wanted in zip(like, output_mask, strict=True)
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep x, w, y and per-channel vectors; with residual and activation also out (or the residual itself)."""
-    input, weight, bias, bn_weight, bn_bias, residual, _, _, training, memory, *rest = inputs
-    out, y, mean, var = output
-    activation, slope = rest[-2:]
-    ctx.mark_non_differentiable(y, mean, var)
-    ctx.set_materialize_grads(False)
-    sign_in_out = activation == "relu" or (activation == "leaky_relu" and slope > 0)
-    needs_sign = residual is not None and activation != "identity"
-    invert = memory == "invert"
-    ctx.save_for_backward(
-        input,
-        weight,
-        y if memory == "save" else None,
-        mean,
-        var,
-        bn_weight,
-        bn_bias,
-        residual if invert or (needs_sign and not sign_in_out) else None,
-        out if invert or (needs_sign and sign_in_out) else None,
-    )
-    ctx.training, ctx.memory, ctx.rest, ctx.has_bias = training, memory, rest, bias is not None
-    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    count = 18  # arguments of conv_bn_forward
-    if grad_out is None:
-        return (None,) * count
-    needs_input, needs_weight, needs_bias, needs_bn_weight, needs_bn_bias, needs_residual = ctx.needs_input_grad[:6]
-    input, weight, y, mean, var, bn_weight, bn_bias, residual, out = ctx.saved_tensors
-    *shape, eps, activation, slope = ctx.rest
-    through_activation = needs_residual and activation != "identity"
-    frozen_bias = needs_bias and not ctx.training
-    mask = [needs_input, needs_weight, needs_bn_weight, needs_bn_bias or frozen_bias, through_activation]
-    grads = torch.ops.convbn_ext.conv_bn_backward(
-        grad_out, input, weight, y, mean, var, bn_weight, bn_bias, residual, out, ctx.training, ctx.memory,
-        *shape, eps, activation, slope, mask,
-    )  # fmt: skip
-    grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_residual = (
-        g if wanted else None for g, wanted in zip(grads, mask, strict=True)
-    )
-    grad_bias = None
-    if needs_bias:
-        bias_shape, bias_dtype = ctx.bias_like
-        if ctx.training:  # the mean takes it away again
-            grad_bias = weight.new_zeros(bias_shape, dtype=bias_dtype)
-        else:
-            scale = torch.rsqrt(var + eps) * (1 if bn_weight is None else bn_weight)
-            grad_bias = (scale * grads[3]).to(bias_dtype)
-    if needs_residual and not through_activation:
-        grad_residual = grad_out
-    grad_bn_bias = grad_bn_bias if needs_bn_bias else None
-    gradients = (grad_input, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias, grad_residual)
-    return gradients + (None,) * (count - len(gradients))
-
-
-torch.library.register_autograd("convbn_ext::conv_bn_forward", _backward, setup_context=_setup_context)

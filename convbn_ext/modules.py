@@ -70,31 +70,33 @@ class _ConvBN(nn.Module):
                 f"{type(self).__name__}: input must have {conv.weight.dim()} dimensions, "
                 f"a batch of {'vectors' if conv.weight.dim() == 2 else 'images'}, got shape {tuple(input.shape)}"
             )
+        counts = bn.training and bn.track_running_stats
         momentum = bn.momentum
-        if bn.training and bn.track_running_stats:
-            bn.num_batches_tracked.add_(1)
-            if momentum is None:  # cumulative average
-                momentum = 1.0 / float(bn.num_batches_tracked)
+        if momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked + 1) if counts else 0.0
         shape: dict[str, Any] = {}
         if not isinstance(conv, nn.Linear):
             shape = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-        tracked = not bn.training or bn.track_running_stats
-        return conv_bn(
+        updates = counts or not bn.training
+        out = conv_bn(
             input,
             conv.weight,
             conv.bias,
             bn_weight=bn.weight,
             bn_bias=bn.bias,
-            running_mean=bn.running_mean if tracked else None,
-            running_var=bn.running_var if tracked else None,
+            running_mean=bn.running_mean if updates else None,
+            running_var=bn.running_var if updates else None,
             training=bn.training or bn.running_mean is None,
-            momentum=0.0 if momentum is None else momentum,
+            momentum=momentum,
             eps=bn.eps,
             activation=self.activation,
             residual=residual,
             memory=self.memory,
             **shape,
         )
+        if counts:
+            bn.num_batches_tracked.add_(1)
+        return out
 
     def extra_repr(self) -> str:
         """Activation and memory mode."""

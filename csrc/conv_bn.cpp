@@ -87,7 +87,8 @@ ConvBnShape ConvBnShape::checked(const Tensor& input, const Tensor& weight, cons
     if (axis != 1) shape.count *= shape.output_sizes[axis];
   for (size_t axis = 2; axis < shape.output_sizes.size(); ++axis)
     TORCH_CHECK_VALUE(shape.output_sizes[axis] > 0, "conv_bn: the kernel does not fit into the padded input: input ",
-                      input.sizes(), ", weight ", weight.sizes(), ", padding ", g.padding, ", dilation ", g.dilation);
+                      input.sizes(), ", weight ", weight.sizes(), ", padding ", at::IntArrayRef(g.padding),
+                      ", dilation ", at::IntArrayRef(g.dilation));
   check_channels(bias, "bias", shape.channels);
   check_channels(bn_weight, "bn_weight", shape.channels);
   check_channels(bn_bias, "bn_bias", shape.channels);
@@ -99,7 +100,7 @@ ConvBnShape ConvBnShape::checked(const Tensor& input, const Tensor& weight, cons
                       residual->sizes());
   if (options.training) {
     TORCH_CHECK_VALUE(shape.count > 1, "conv_bn: training needs more than one value per channel, got output shape ",
-                      shape.output_sizes);
+                      at::IntArrayRef(shape.output_sizes));
   } else {
     TORCH_CHECK_VALUE(running_mean && running_var, "conv_bn: training=False needs running_mean and running_var");
   }

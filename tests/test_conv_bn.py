@@ -1,0 +1,484 @@
+"""The fused operator against torch's own layers and a float64 reference (spec S1, S2, S6, S9 forward side)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import convbn_ext as cb
+from convbn_ext import reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = ["identity", "relu", "leaky_relu(0.2)", "silu", "gelu", "hardswish"]
+MODES = ["zeros", "circular", "reflect", "replicate"]
+
+
+def eager_activation(name: str, v: torch.Tensor) -> torch.Tensor:
+    if name.startswith("leaky_relu"):
+        return F.leaky_relu(v, 0.2)
+    return v if name == "identity" else getattr(F, name)(v)
+
+
+def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest difference relative to the largest exact value; NaN counts as infinite."""
+    ours, exact = ours.detach(), exact.detach()
+    difference = (ours.double() - exact.double()).abs().max() / exact.double().abs().max().clamp_min(1e-30)
+    return float("inf") if difference.isnan() else float(difference)
+
+
+def assert_as_accurate(ours, theirs, exact, dtype, what):
+    """FlashAttention's rule: at most twice torch's own error, plus a rounding floor of a few units.
+
+    In float64 the reference is torch itself, so its own error is unknown: some thousand units stand for it.
+    """
+    assert ours.shape == exact.shape
+    assert ours.dtype == dtype
+    floor = 4.0 if dtype != torch.float64 else 4000.0
+    bound = 2 * error(theirs, exact) + floor * torch.finfo(dtype).eps
+    assert error(ours, exact) <= bound, f"{what}: {error(ours, exact):.2e} > {bound:.2e}"
+
+
+class Case:
+    """One layer and input in float64, and what eager torch and we make of it in any dtype."""
+
+    def __init__(self, shape, weight, *, training=True, activation="identity", residual=False, bias=False, **geometry):
+        g = torch.Generator().manual_seed(hash((shape, weight)) % 2**31)
+        randn = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
+        channels = weight[0]
+        self.training, self.activation, self.geometry = training, activation, geometry
+        # multiples of 2⁻⁷ in a small range: the same numbers in every dtype
+        rounded = lambda t: (t.clamp(-3, 3) * 32).round() / 32  # noqa: E731
+        self.tensors = {
+            "input": rounded(randn(*shape)),
+            "weight": rounded(randn(*weight)),
+            "bias": rounded(randn(channels)) if bias else None,
+            "bn_weight": rounded(randn(channels)),
+            "bn_bias": rounded(randn(channels)),
+            "residual": None,
+        }
+        self.running_mean, self.running_var = rounded(randn(channels)), rounded(randn(channels)).abs() + 0.5
+        out = self.eager(torch.float64)[0]
+        self.grad = rounded(randn(*out.shape))
+        if residual:
+            self.tensors["residual"] = rounded(randn(*out.shape))
+
+    def leaves(self, dtype, memory_format=torch.contiguous_format):
+        def leaf(name, t):
+            if t is None:
+                return None
+            t = t.to(dtype)
+            if name in ("input", "residual") and t.dim() == 4:
+                t = t.contiguous(memory_format=memory_format)
+            return t.clone().requires_grad_()
+
+        return {name: leaf(name, t) for name, t in self.tensors.items()}
+
+    def eager(self, dtype, memory_format=torch.contiguous_format):
+        t = self.leaves(dtype, memory_format)
+        mean, var = (s.to(dtype, copy=True) for s in (self.running_mean, self.running_var))
+        x, w = t["input"], t["weight"]
+        geometry = dict(self.geometry)
+        padding, mode = geometry.pop("padding", 0), geometry.pop("padding_mode", "zeros")
+        if x.dim() == 2:
+            y = F.linear(x, w, t["bias"])
+        else:
+            axes = x.dim() - 2
+            pads = (padding,) * axes if isinstance(padding, int) else padding
+            x = F.pad(x, [p for p in reversed(pads) for _ in range(2)], "constant" if mode == "zeros" else mode)
+            y = (F.conv1d, F.conv2d, F.conv3d)[axes - 1](x, w, t["bias"], **geometry)
+        v = F.batch_norm(y, mean, var, t["bn_weight"], t["bn_bias"], self.training, 0.1, 1e-5)
+        out = eager_activation(self.activation, v if t["residual"] is None else v + t["residual"])
+        return out, t, mean, var
+
+    def ours(self, dtype, memory_format=torch.contiguous_format, memory="save"):
+        t = self.leaves(dtype, memory_format)
+        mean, var = (s.to(dtype, copy=True) for s in (self.running_mean, self.running_var))
+        out = cb.conv_bn(
+            t["input"],
+            t["weight"],
+            t["bias"],
+            bn_weight=t["bn_weight"],
+            bn_bias=t["bn_bias"],
+            running_mean=mean,
+            running_var=var,
+            training=self.training,
+            activation=self.activation,
+            residual=t["residual"],
+            memory=memory,
+            **self.geometry,
+        )
+        return out, t, mean, var
+
+    def check(self, dtype, memory_format=torch.contiguous_format, memory="save"):
+        exact, theirs, ours = (
+            self.eager(torch.float64),
+            self.eager(dtype, memory_format),
+            self.ours(dtype, memory_format, memory),
+        )
+        for result in (exact, theirs, ours):
+            result[0].backward(self.grad.to(result[0].dtype))
+        assert_as_accurate(ours[0], theirs[0], exact[0], dtype, "out")
+        assert_as_accurate(ours[2], theirs[2], exact[2], dtype, "running_mean")
+        assert_as_accurate(ours[3], theirs[3], exact[3], dtype, "running_var")
+        if dtype in (torch.bfloat16, torch.float16) and self.activation in ("relu", "leaky_relu(0.2)", "hardswish"):
+            return  # a rounded pre-activation may lie on the other side of the kink: both gradients are right
+        for name, leaf in ours[1].items():
+            if leaf is None:
+                continue
+            if name == "bias" and self.training:
+                assert leaf.grad.count_nonzero() == 0  # it cancels: torch's own gradient here is rounding noise
+            else:
+                assert_as_accurate(leaf.grad, theirs[1][name].grad, exact[1][name].grad, dtype, f"grad of {name}")
+
+
+# One line per reason: what is special about the shape.
+CASES = {
+    "3x3, the usual layer": ((4, 8, 9, 7), (16, 8, 3, 3), {"padding": 1}),
+    "1x1, a matrix product": ((3, 16, 5, 5), (8, 16, 1, 1), {}),
+    "stride and dilation, unequal per axis": ((2, 6, 13, 11), (4, 6, 3, 2), {"stride": (2, 3), "dilation": (1, 2)}),
+    "groups": ((3, 8, 6, 6), (12, 4, 3, 3), {"groups": 2, "padding": 1}),
+    "depthwise": ((3, 6, 7, 7), (6, 1, 3, 3), {"groups": 6, "padding": 1}),
+    "odd channels leave vector tails": ((3, 3, 5, 7), (37, 3, 3, 3), {"padding": 1}),
+    "one output channel": ((3, 4, 6, 6), (1, 4, 3, 3), {}),
+    "more channels than one strip, few rows": ((2, 3, 2, 2), (300, 3, 2, 2), {}),
+    "one pixel, statistics over the batch alone": ((5, 4, 3, 3), (6, 4, 3, 3), {}),
+    "circular": ((2, 3, 5, 6), (4, 3, 3, 3), {"padding": (2, 1), "padding_mode": "circular"}),
+    "reflect": ((2, 3, 5, 6), (4, 3, 3, 3), {"padding": (2, 1), "padding_mode": "reflect"}),
+    "replicate": ((2, 3, 5, 6), (4, 3, 3, 3), {"padding": (2, 1), "padding_mode": "replicate"}),
+    "linear": ((10, 7), (5, 7), {}),
+    "1-d": ((4, 3, 17), (5, 3, 4), {"stride": 2, "padding": 2}),
+    "3-d": ((2, 3, 4, 5, 6), (4, 3, 2, 3, 1), {"padding": (1, 1, 0)}),
+    "several blocks of statistics": ((4, 3, 96, 96), (5, 3, 1, 1), {}),
+}
+cases = pytest.mark.parametrize("name", CASES)
+
+
+@cases
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_as_accurate_as_torch(name, dtype, training):
+    shape, weight, geometry = CASES[name]
+    Case(shape, weight, training=training, bias=True, **geometry).check(dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_activation_residual_layout(activation, residual, layout, dtype, training):
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    case = Case((3, 5, 6, 9), (7, 5, 3, 3), training=training, activation=activation, residual=residual, padding=1)
+    case.check(dtype, memory_format)
+    assert case.ours(dtype, memory_format)[0].is_contiguous(memory_format=memory_format)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    """Random shapes, strides, paddings, dilations, groups and modes: equal to torch in float64."""
+    axes = data.draw(st.integers(1, 3), "axes")
+    groups = data.draw(st.integers(1, 3), "groups")
+    c_in, c_out = groups * data.draw(st.integers(1, 4), "in"), groups * data.draw(st.integers(1, 6), "out")
+    each = lambda low, high, what: tuple(data.draw(st.integers(low, high), what) for _ in range(axes))  # noqa: E731
+    kernel, dilation, stride = each(1, 3, "kernel"), each(1, 2, "dilation"), each(1, 3, "stride")
+    padding = each(0, 2, "padding")
+    size = tuple(d * (k - 1) + 3 + extra for d, k, extra in zip(dilation, kernel, each(0, 4, "extra"), strict=True))
+    shape = (data.draw(st.integers(2, 4), "batch"), c_in, *size)
+    case = Case(
+        shape,
+        (c_out, c_in // groups, *kernel),
+        training=data.draw(st.booleans(), "training"),
+        activation=data.draw(st.sampled_from(ACTIVATIONS), "activation"),
+        residual=data.draw(st.booleans(), "residual"),
+        bias=data.draw(st.booleans(), "bias"),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=data.draw(st.sampled_from(MODES), "mode"),
+    )
+    case.check(torch.float64)
+
+
+@cases
+def test_agrees_with_the_reference(name):
+    shape, weight, geometry = CASES[name]
+    case = Case(shape, weight, activation="silu", residual=True, **geometry)
+    out, t, _, _ = case.ours(torch.float64)
+    arguments = {k: v for k, v in t.items() if k != "bias"}
+    exact = reference.conv_bn(**arguments, training=True, activation="silu", **geometry)
+    torch.testing.assert_close(out, exact, rtol=1e-11, atol=1e-12)
+
+
+GRADCHECK = list(
+    itertools.chain(
+        (("identity", False, True, memory) for memory in ("save", "recompute", "invert")),
+        (("leaky_relu(0.3)", True, True, memory) for memory in ("save", "recompute", "invert")),
+        (("silu", True, True, "save"), ("gelu", False, True, "recompute"), ("relu", True, False, "save")),
+        (("silu", True, False, "recompute"), ("identity", False, False, "invert")),
+    )
+)
+
+
+@pytest.mark.parametrize(("activation", "residual", "training", "memory"), GRADCHECK)
+def test_gradcheck_and_gradgradcheck(activation, residual, training, memory):
+    torch.manual_seed(0)
+    rand = lambda *s: torch.randn(*s, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    x, w, gamma, beta = rand(2, 2, 4, 3), rand(2, 1, 3, 2), rand(2), rand(2)
+    bias = None if training else rand(2)  # in training its gradient is exactly zero, finite differences say rounding
+    r = rand(2, 2, 2, 4) if residual else None
+    mean, var = torch.randn(2, dtype=torch.float64), torch.rand(2, dtype=torch.float64) + 0.5
+
+    def layer(x, w, bias, gamma, beta, r):
+        return cb.conv_bn(
+            x, w, bias, bn_weight=gamma, bn_bias=beta, running_mean=None if training else mean,
+            running_var=None if training else var, training=training, stride=(2, 1), padding=1, groups=2,
+            padding_mode="circular", activation=activation, residual=r, memory=memory,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(layer, (x, w, bias, gamma, beta, r))
+    assert torch.autograd.gradgradcheck(layer, (x, w, bias, gamma, beta, r))
+
+
+@pytest.mark.parametrize("memory", ["recompute", "invert"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_memory_modes_give_the_same_gradients(memory, dtype, residual):
+    case = Case((3, 5, 8, 8), (7, 5, 3, 3), activation="leaky_relu(0.2)", residual=residual, padding=1)
+    case.tensors["bn_weight"] = case.tensors["bn_weight"].abs() + 0.5  # y is recovered from out: γ away from 0
+    case.check(dtype, memory=memory)
+
+
+def test_saved_tensors_are_x_w_y_and_vectors():
+    saved = []
+    x = torch.randn(4, 8, 10, 10, requires_grad=True)
+    w = torch.randn(16, 8, 3, 3, requires_grad=True)
+    gamma = torch.ones(16, requires_grad=True)
+    for memory, large in (("save", 3), ("recompute", 2)):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            cb.conv_bn(x, w, bn_weight=gamma, training=True, padding=1, activation="relu", memory=memory)
+        assert sum(t.numel() > 16 for t in saved) == large, memory
+        assert all(t.numel() <= 16 or t.shape in (x.shape, w.shape, (4, 16, 10, 10)) for t in saved)
+
+
+def test_large_mean_keeps_its_variance():
+    """Mean ≫ std (1e4 : 1): E[y²] − E[y]² loses every digit of the variance in float32."""
+    torch.manual_seed(0)
+    y = torch.randn(8, 3, 32, 32) + 1e4
+    identity = torch.eye(3).view(3, 3, 1, 1)
+    running_mean, running_var = torch.zeros(3), torch.ones(3)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = y.contiguous(memory_format=layout)
+        out = cb.conv_bn(
+            x, identity, running_mean=running_mean, running_var=running_var, training=True, momentum=1.0, eps=0.0
+        )
+        exact = y.double()
+        mean, var = exact.mean((0, 2, 3), keepdim=True), exact.var((0, 2, 3), correction=0, keepdim=True)
+        assert error(out, (exact - mean) / var.sqrt()) < 1e-5
+        unbiased = exact.var((0, 2, 3))
+        assert error(running_var, unbiased) < 1e-6
+        naive = ((y**2).mean((0, 2, 3)) - y.mean((0, 2, 3)) ** 2).double()
+        assert error(naive, unbiased) > 1e-2  # what this test is there to catch
+
+
+def test_threads_do_not_change_a_bit():
+    case = Case((8, 5, 40, 40), (7, 5, 3, 3), activation="relu", padding=1)
+
+    def run():
+        y = torch.ops.convbn_ext.conv_bn_forward(
+            *(case.tensors[k].float() for k in ("input", "weight")), None, None, None, None, None, None, True, "save",
+            [1, 1], [1] * 4, [1, 1], 1, "zeros", 1e-5, "relu", 0.0,
+        )  # fmt: skip
+        grad = case.grad.float()
+        back = torch.ops.convbn_ext.conv_bn_backward(
+            grad, case.tensors["input"].float(), case.tensors["weight"].float(), y[1], y[2], y[3],
+            case.tensors["bn_weight"].float(), None, None, None, True, "save", [1, 1], [1] * 4, [1, 1], 1, "zeros",
+            1e-5, "relu", 0.0, [False, False, True, True, False],
+        )  # fmt: skip
+        return y[0], y[2], y[3], back[2], back[3]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run()
+        torch.set_num_threads(2)
+        two = run()
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "geometry"),
+    [
+        ((7, 10, 7, 9, 6), (2, 10, 5, 5, 5), {"stride": (1, 1, 3), "padding": (1, 2, 0), "dilation": (1, 2, 1)}),
+        ((1, 2, 3, 7, 5), (4, 2, 2, 2, 3), {"stride": (2, 1, 3), "padding": (0, 0, 1), "dilation": (1, 1, 2)}),
+        ((3, 10, 13, 5), (4, 10, 2, 5), {"stride": (1, 3)}),
+    ],
+)
+def test_right_where_the_library_is_wrong(shape, weight, geometry):
+    """bfloat16 convolutions with an output one column wide come out of the library wrong or not finite."""
+    case = Case(shape, weight, **geometry)
+    exact = case.eager(torch.float64)
+    exact[0].backward(case.grad)
+    for _ in range(20):
+        ours = case.ours(torch.bfloat16)
+        ours[0].backward(case.grad.bfloat16())
+        assert error(ours[0], exact[0]) < 0.03
+        assert error(ours[1]["weight"].grad, exact[1]["weight"].grad) < 0.05
+
+
+@pytest.mark.parametrize("shift", [(1, 0), (0, 3), (2, 5)])
+def test_circular_translation_equivariance(shift):
+    """Spec S6: with circular padding and stride 1, shifting commutes with the layer."""
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    mean, var = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.5
+    for training in (True, False):
+
+        def layer(x, training=training):
+            return cb.conv_bn(
+                x, w, running_mean=mean.clone(), running_var=var.clone(), training=training, padding=1,
+                padding_mode="circular",
+            )  # fmt: skip
+
+        torch.testing.assert_close(layer(x.roll(shift, (2, 3))), layer(x).roll(shift, (2, 3)), rtol=1e-13, atol=1e-13)
+
+
+def test_strided_and_expanded_inputs():
+    torch.manual_seed(0)
+    w = torch.randn(4, 3, 3, 3)
+    base = torch.randn(2, 9, 16, 16)
+    for x in (base[:, ::3, ::2, 1::2], base[:1, :3, :8, :8].expand(5, -1, -1, -1), base[:, :3].transpose(2, 3)):
+        torch.testing.assert_close(
+            cb.conv_bn(x, w, training=True), F.batch_norm(F.conv2d(x, w), None, None, training=True)
+        )
+
+
+def test_empty_batch_in_eval():
+    out = cb.conv_bn(
+        torch.randn(0, 3, 8, 8), torch.randn(4, 3, 3, 3), running_mean=torch.zeros(4), running_var=torch.ones(4)
+    )
+    assert out.shape == (0, 4, 6, 6)
+
+
+def test_autocast_casts_as_torch_does():
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = cb.conv_bn(x, w, running_mean=torch.zeros(4), running_var=torch.ones(4), training=True)
+        assert out.dtype == F.conv2d(x, w).dtype == torch.bfloat16
+    out.sum().backward()
+    assert w.grad.dtype == torch.float32
+
+
+OPCHECK = [
+    ((2, 3, 6, 6), (4, 3, 3, 3), "relu", False, "save"),
+    ((2, 3, 6, 6), (4, 3, 3, 3), "leaky_relu", True, "invert"),
+    ((2, 3, 7), (4, 3, 2), "silu", True, "recompute"),
+    ((6, 3), (4, 3), "identity", False, "save"),
+]
+
+
+@pytest.mark.parametrize(("shape", "weight", "activation", "residual", "memory"), OPCHECK)
+def test_opcheck(shape, weight, activation, residual, memory):
+    axes = len(shape) - 2
+    x, w = torch.randn(shape, requires_grad=True), torch.randn(weight, requires_grad=True)
+    gamma, beta = torch.rand(4, requires_grad=True), torch.rand(4, requires_grad=True)
+    y = F.linear(x, w) if axes == 0 else (F.conv1d, F.conv2d)[axes - 1](x, w)
+    r = torch.randn(y.shape, requires_grad=True) if residual else None
+    geometry = ([1] * axes, [0] * 2 * axes, [1] * axes, 1, "zeros", 1e-5, activation, 0.1)
+    arguments = (x, w, None, gamma, beta, r, None, None, True, memory, *geometry)
+    torch.library.opcheck(torch.ops.convbn_ext.conv_bn_forward, arguments)
+
+
+def test_compiles_without_a_graph_break():
+    layer = cb.ConvBN2d(3, 4, 3, padding=1, activation="relu")
+    x = torch.randn(2, 3, 6, 6)
+    expected = layer.eval()(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    layer.train()
+    compiled(x).sum().backward()
+    assert layer.conv.weight.grad is not None
+
+
+BAD = {
+    "input must be (N, C)": {"input": (3,)},
+    "weight must have as many dimensions": {"weight": (4, 3, 3)},
+    "weight expects 3·groups = 3 input channels, got input with 5": {"input": (2, 5, 8, 8)},
+    "groups must be at least 1": {"groups": 0},
+    "groups = 3 must divide the output channels": {"weight": (4, 1, 3, 3), "groups": 3},
+    "stride must be at least 1": {"stride": 0},
+    "stride must be an int or 2 ints": {"stride": (1, 1, 1)},
+    "dilation must be at least 1": {"dilation": 0},
+    "padding must be at least 0": {"padding": -1},
+    "padding must be ints, 'same' or 'valid'": {"padding": "full"},
+    "padding='same' needs stride 1": {"padding": "same", "stride": 2},
+    "padding_mode must be zeros, circular, reflect or replicate": {"padding_mode": "mirror"},
+    "reflect padding must be smaller than the input": {"padding": 8, "padding_mode": "reflect"},
+    "circular padding must not exceed the input": {"padding": 9, "padding_mode": "circular"},
+    "the kernel does not fit": {"weight": (4, 3, 9, 9)},
+    "bn_weight must have shape (4,)": {"bn_weight": torch.ones(5)},
+    "running_mean must have shape (4,)": {"running_mean": torch.ones(3)},
+    "bias must have shape (4,)": {"bias": torch.ones(1, 4)},
+    "residual must have the output's shape": {"residual": torch.ones(2, 4, 8, 8)},
+    "training needs more than one value per channel": {"input": (1, 3, 3, 3), "training": True},
+    "training needs more than one value per channel, got output shape [0, 4, 6, 6]": {
+        "input": (0, 3, 8, 8),
+        "training": True,
+    },
+    "training=False needs running_mean and running_var": {"running_mean": None},
+    "weight must have dtype torch.float32 like input, got torch.float64": {"weight": torch.ones(4, 3, 3, 3).double()},
+    "input must be float64, float32": {"input": torch.ones(2, 3, 8, 8).int(), "weight": torch.ones(4, 3, 3, 3).int(),
+                                       "running_mean": torch.zeros(4).int(), "running_var": torch.ones(4).int()},
+    "weight is on meta, but input is on cpu": {"weight": torch.ones(4, 3, 3, 3, device="meta")},
+    "activation must be one of identity": {"activation": "tanh"},
+    "memory must be one of save": {"memory": "none"},
+    "memory='invert' needs an activation that can be undone": {"memory": "invert", "activation": "relu"},
+    "memory='invert' cannot undo bn_weight = 0": {"memory": "invert", "bn_weight": torch.zeros(4)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    arguments = {
+        "input": (2, 3, 8, 8),
+        "weight": (4, 3, 3, 3),
+        "running_mean": torch.zeros(4),
+        "running_var": torch.ones(4),
+        **BAD[message],
+    }
+    for name in ("input", "weight"):
+        if isinstance(arguments[name], tuple):
+            arguments[name] = torch.randn(arguments[name], requires_grad=True)
+    with pytest.raises(ValueError) as raised:  # noqa: PT011  (the message is compared below)
+        cb.conv_bn(**arguments)
+    assert message in str(raised.value)
+
+
+def test_a_failed_call_changes_no_state():
+    layer = cb.ConvBN2d(3, 4, 3)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    with pytest.raises(ValueError, match="more than one value"):
+        layer(torch.randn(1, 3, 3, 3))
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+def test_nn_activations_are_read():
+    for module, name in ((nn.ReLU(), "relu"), (nn.LeakyReLU(0.2), "leaky_relu(0.2)"), (nn.GELU(), "gelu")):
+        a, b = (
+            cb.conv_bn(
+                torch.ones(2, 1) * torch.tensor([[1.0], [-2.0]]), torch.ones(1, 1), training=True, activation=act
+            )
+            for act in (module, name)
+        )
+        assert torch.equal(a, b)

@@ -79,23 +79,30 @@ def _direct(
     options: KrylovOptions,
     transpose: bool,
 ) -> Outcome:
-    """LU with float64 residuals, and GMRES steps on it where refinement alone is slow."""
+    """LU with float64 residuals, GMRES steps on it where refinement is slow, and without it where it is of no use."""
     assert choice.layout is not None
     factor = cached_factor(op, choice.layout)
-    if factor is None:
-        which = "circulant" if op.has_symbol and op.input_shape == op.output_shape else "row"
-        instead = Choice("gmres", which, "")
+    result, note = Outcome.unsolved(rhs, op.shape[1], "breakdown"), "a pivot block is singular"
+    if factor is not None:
+        left = op.channel_vector(1 / op.scale)
+        system = Preconditioned(left, op.conv_map, factor, min(op.shape[1], _STEPS_ON_LU))
+        exact = replace(options, dtype=torch.float64)
         if transpose:
-            result = run_transpose(op, instead, rhs, target, options)
+            system = system.transpose()
+            result = refine(system.matrix, system, rhs, None, target, exact)
+            result.z *= left
         else:
-            result = run(op, instead, which, rhs, z0, target, options)
-        return _with_note(result, f"a pivot block is singular: GMRES, preconditioner {which}, instead", singular=False)
-    left = op.channel_vector(1 / op.scale)
-    system = Preconditioned(left, op.conv_map, factor, min(op.shape[1], _STEPS_ON_LU))
-    options = replace(options, dtype=torch.float64)
-    if not transpose:
-        return refine(op.map, system, rhs, z0, target, options)
-    system = system.transpose()
-    result = refine(system.matrix, system, rhs, None, target, options)
-    result.z *= left
+            result = refine(op.map, system, rhs, z0, target, exact)
+        note = "the LU factor is too inaccurate"
+    failed = [i for i, status in enumerate(result.status) if status != "converged"]
+    if failed:
+        rows = torch.tensor(failed, device=rhs.device)
+        which = "circulant" if op.has_symbol and op.input_shape == op.output_shape else "row"
+        instead = Choice("block_gmres" if len(failed) > 1 else "gmres", which, "")
+        if transpose:
+            part = run_transpose(op, instead, rhs[rows], target[rows], options)
+        else:
+            part = run(op, instead, which, rhs[rows], z0 if z0 is None else z0[rows], target[rows], options)
+        result.extend(rows, part)
+        result.note = "; ".join(filter(None, [f"{note}: {instead.method}, preconditioner {which}, instead", part.note]))
     return result

@@ -6,7 +6,7 @@ from layers import MODES, random_bn, random_layer, trained_layer
 from torch import nn
 
 import convbn_ext as cb
-from convbn_ext import cache
+from convbn_ext import _C, cache
 from convbn_ext.direct import factorise, layouts
 from convbn_ext.errors import forward
 
@@ -90,6 +90,16 @@ def test_direct_agrees_with_lapack_on_hard_data():
     result = cb.solve(conv, bn, x, method="direct", rtol=1e-10)
     assert result.converged, result.residual
     assert (result.z.flatten(1) - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_direct_goes_on_without_a_factor_that_is_of_no_use(monkeypatch):
+    """As happens to 3 × 64 × 64 layers, whose factor may lose all digits."""
+    conv, bn, z, x = trained_layer((3, 8, 8), 2)
+    monkeypatch.setattr("convbn_ext.run.cached_factor", lambda *_: _C.DiagonalMap(torch.randn(192)))
+    result = cb.solve(conv, bn, x, method="direct", rtol=1e-9)
+    assert result.converged, (result.status, result.reason)
+    assert "the LU factor is too inaccurate: block_gmres" in result.reason
+    assert cb.errors(z, result.z, x, conv, bn).error3[1] <= 1e-9
 
 
 def test_samples_do_not_see_each_other_in_direct():

@@ -1,4 +1,4 @@
-"""``python -m convbn_ext demo | solve | doctor``."""
+"""``python -m convbn_ext demo | solve | experiment | doctor``."""
 
 import sys
 

@@ -9,9 +9,7 @@ from pathlib import Path
 
 from . import doctor
 from ._version import __version__
-
-_METHODS = ("auto", "fft", "direct", "gmres", "block_gmres", "lsq")
-_PRECONDITIONERS = ("auto", "circulant", "row", "none")
+from .solve import METHODS, PRECONDITIONERS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -19,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="convbn", description="Fused convolution + batch normalisation, and its inverse by matrix-free GMRES."
     )
     parser.add_argument("--version", action="version", version=f"convbn_ext {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | solve | doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | solve | experiment | doctor")
 
     demo = commands.add_parser("demo", help="train on real digits and invert real image crops")
     demo.add_argument(
@@ -46,11 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument("--stride", type=int, default=1, help="of the convolution (%(default)s)")
     solve.add_argument("--padding-mode", default="zeros", choices=["zeros", "circular", "reflect", "replicate"])
     solve.add_argument("--eps", type=float, default=1e-5, help="of the batch normalisation (%(default)s)")
-    solve.add_argument("--method", default="auto", choices=_METHODS)
-    solve.add_argument("--preconditioner", default="auto", choices=_PRECONDITIONERS)
+    solve.add_argument("--method", default="auto", choices=METHODS)
+    solve.add_argument("--preconditioner", default="auto", choices=PRECONDITIONERS)
     solve.add_argument("--rtol", type=float, default=1e-6, help="relative residual to reach (%(default)s)")
     solve.add_argument("--maxiter", type=int, help="limit of Arnoldi steps")
     solve.add_argument("--size", type=int, default=64, help="longer side an image is scaled to (%(default)s)")
+
+    experiment = commands.add_parser("experiment", help="every method on random batches, hard layers and real images")
+    experiment.add_argument(
+        "--out", type=Path, default=Path("out/experiment"), help="folder of the results (%(default)s)"
+    )
+    experiment.add_argument("--quick", action="store_true", help="fewer and smaller batches")
+    experiment.add_argument("--cifar", type=Path, help="folder with CIFAR-10 in its binary version")
 
     commands.add_parser("doctor", help="what is installed, what is built, and what to do about a mismatch")
     return parser
@@ -73,11 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             from . import demo
 
             return demo.main(arguments)
+        if arguments.command == "experiment":
+            from . import experiment
+
+            return experiment.main(arguments)
         from . import invert_file
 
         return invert_file.main(arguments)
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("sklearn", "PIL", "matplotlib", "tqdm"):
+        if (error.name or "").split(".")[0] not in ("sklearn", "PIL", "matplotlib", "scipy", "tqdm"):
             raise
         print(f"convbn {arguments.command} needs {error.name}: pip install convbn_ext[demo]", file=sys.stderr)
     except (OSError, ValueError) as error:

@@ -289,7 +289,10 @@ def picture(trained: dict[str, Training], recovered: dict[str, Recovery], path: 
         low, middle, high = _residual_range(recovery.result.history)
         steps = range(len(middle))
         residuals.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
-        residuals.semilogy(steps, middle, color=color, label=f"{dtype}, error3 = {recovery.errors['error3'][1]:.0e}")
+        marker = "o" if len(middle) < 30 else None  # a direct method refines a few times, GMRES takes hundreds of steps
+        residuals.semilogy(
+            steps, middle, color=color, marker=marker, label=f"{dtype}, error3 = {recovery.errors['error3'][1]:.0e}"
+        )
     residuals.set(
         xlabel="iteration", ylabel="‖x − BN(Conv(z))‖ / ‖x‖", title="Residuals: median and range of the crops"
     )

@@ -63,53 +63,88 @@ T* at_offset(T* p, int64_t i) {
   return p ? p + i : nullptr;
 }
 
-// How y's memory is cut up.
-struct Blocks {
-  bool channels_last;
-  int64_t channels, width, run, size, per_run, count;  // runs of `run` elements, each cut into per_run blocks of `size`
+// How y's memory is cut up: N samples of P planes of S consecutive elements, an element's parameters repeating with
+// `width`. A contiguous y has a plane per channel; a channels_last y is one plane of rows that hold all channels.
+// A block is some samples × some planes × some elements, small enough for the cache and cut by y's shape alone.
+class Blocks {
+ public:
+  struct Block {
+    int64_t sample, samples, plane, planes, element, elements;
+  };
 
   explicit Blocks(const Tensor& y) {
     channels = y.size(1);
-    const int64_t plane = y.numel() / std::max<int64_t>(1, y.size(0) * channels);
-    channels_last = plane == 1 || channels == 1 || !y.is_contiguous();
-    if (channels_last) {  // f rows side by side: width a multiple of 16, at least 64, unless C is wide anyway
-      width = channels;
-      if (channels < 256) width *= 16 / std::gcd<int64_t>(channels, 16);
+    N_ = y.size(0), P_ = channels, S_ = y.numel() / std::max<int64_t>(1, N_ * P_);
+    if (S_ == 1 || P_ == 1 || !y.is_contiguous()) {  // channels_last, also where both layouts are the same
+      N_ = P_ = 1, S_ = y.numel();
+      per_plane = width = channels;
+      if (channels < 256) width *= 16 / std::gcd<int64_t>(channels, 16);  // odd C: rows side by side fill the vectors
       while (width < 64) width *= 2;
-      run = y.numel();
-      size = std::max(kBlockElements, kMinBlockRows * channels) / width * width;
-      size = std::max(size, width);
+      elements_ = std::max(width, std::max(kBlockElements, kMinBlockRows * channels) / width * width);
     } else {
-      width = kPlaneWidth;
-      run = plane;
-      size = kBlockElements;
+      elements_ = std::max(kBlockElements, width);
     }
-    per_run = (run + size - 1) / size;
-    count = y.numel() / std::max<int64_t>(1, run) * per_run;
+    elements_ = std::max<int64_t>(1, std::min(elements_, S_));
+    planes_ = std::clamp<int64_t>(kBlockElements / elements_, 1, P_);
+    samples_ = planes_ < P_ ? 1 : std::clamp<int64_t>(kBlockElements / (elements_ * P_), 1, std::max<int64_t>(1, N_));
+    count = pieces(N_, samples_) * pieces(P_, planes_) * pieces(S_, elements_);
   }
-  int64_t begin(int64_t block) const { return block / per_run * run + block % per_run * size; }
-  int64_t elements(int64_t block) const { return std::min(size, run - block % per_run * size); }
-  int64_t values(int64_t block) const { return channels_last ? elements(block) / channels : elements(block); }
-  int64_t channel(int64_t block) const { return channels_last ? 0 : block / per_run % channels; }
-  int64_t partial_channels() const { return channels_last ? channels : 1; }  // channels per partial result
-  int64_t grain() const { return std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, std::min(size, run))); }
+
+  int64_t channels, count;
+  int64_t width = kPlaneWidth;  // columns that a plane's rows have
+  int64_t per_plane = 1;        // channels among them
+
+  Block operator[](int64_t i) const {
+    const int64_t along = pieces(S_, elements_), across = pieces(P_, planes_);
+    Block b;
+    b.element = i % along * elements_;
+    b.plane = i / along % across * planes_;
+    b.sample = i / along / across * samples_;
+    b.elements = std::min(elements_, S_ - b.element);
+    b.planes = std::min(planes_, P_ - b.plane);
+    b.samples = std::min(samples_, N_ - b.sample);
+    return b;
+  }
+  // f(first element, number of elements, plane) for every run of consecutive elements, in memory order
+  template <class F>
+  void for_each_run(const Block& b, F f) const {
+    for (int64_t n = b.sample; n < b.sample + b.samples; ++n)
+      for (int64_t p = b.plane; p < b.plane + b.planes; ++p) f((n * P_ + p) * S_ + b.element, b.elements, p);
+  }
+  // f(block) for all blocks, on all threads
+  template <class F>
+  void parallel_for_each(F f) const {
+    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) f((*this)[i], i);
+    });
+  }
+  int64_t values(const Block& b) const { return b.samples * b.elements / per_plane; }  // per channel
+  int64_t most_channels() const { return planes_ * per_plane; }                        // in one block
+  int64_t most_columns() const { return planes_ * width; }
+
+ private:
+  int64_t N_, P_, S_, samples_, planes_, elements_;
+  static int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 };
 
-// Per-channel float64 vectors as the loops want them: one value per column of a block.
+// Per-channel float64 vectors as the loops want them: one value per column.
 template <typename acc>
 class Columns {
  public:
-  Columns(const Blocks& blocks, const std::vector<double>& channel) : blocks_(blocks) {
-    values_.resize(blocks.channels_last ? blocks.width : blocks.channels * kPlaneWidth);
-    if (blocks.channels_last)
-      for (size_t i = 0; i < values_.size(); ++i) values_[i] = static_cast<acc>(channel[i % blocks.channels]);
-    else
-      for (size_t i = 0; i < values_.size(); ++i) values_[i] = static_cast<acc>(channel[i / kPlaneWidth]);
+  Columns(const Blocks& blocks, const std::vector<double>& channel)
+      : width_(blocks.width), values_(blocks.channels / blocks.per_plane * blocks.width) {
+    for (size_t i = 0; i < values_.size();)
+      if (blocks.per_plane == 1) {
+        const auto value = static_cast<acc>(channel[i / width_]);
+        for (int64_t k = 0; k < width_; ++k) values_[i++] = value;
+      } else {
+        for (int64_t c = 0; c < blocks.channels; ++c) values_[i++] = static_cast<acc>(channel[c]);
+      }
   }
-  const acc* of(int64_t block) const { return values_.data() + blocks_.channel(block) * kPlaneWidth; }
+  const acc* of(int64_t plane) const { return values_.data() + plane * width_; }
 
  private:
-  const Blocks& blocks_;
+  int64_t width_;
   std::vector<acc> values_;
 };
 
@@ -137,12 +172,16 @@ std::vector<double> plus_product(std::vector<double> sum, const std::vector<doub
   return sum;
 }
 
-// Adds the columns of a block up to its channels.
+// Adds the columns of a block's planes up to its channels; a plane of fewer elements than columns leaves the rest
+// unused.
 template <typename acc>
-void fold_columns(const acc* columns, int64_t used, int64_t channels, double* sums) {
-  std::fill(sums, sums + channels, 0.0);
-  for (int64_t i = 0; i < used; i += channels)
-    for (int64_t c = 0; c < channels; ++c) sums[c] += columns[i + c];
+void fold_columns(const Blocks& blocks, const Blocks::Block& b, const acc* columns, double* sums) {
+  std::fill(sums, sums + b.planes * blocks.per_plane, 0.0);
+  const int64_t used = std::min(b.elements, blocks.width);
+  for (int64_t p = 0; p < b.planes; ++p)
+    for (int64_t i = 0; i < used; i += blocks.per_plane)
+      for (int64_t c = 0; c < blocks.per_plane; ++c)
+        sums[p * blocks.per_plane + c] += columns[p * blocks.width + i + c];
 }
 
 struct CpuKernels {
@@ -155,41 +194,48 @@ struct CpuKernels {
   static std::tuple<Tensor, Tensor> moments(const Tensor& y, const BnLoops<scalar_t>& loops) {
     using acc = acc_t<scalar_t>;
     const Blocks blocks(y);
-    const int64_t channels = blocks.partial_channels();
+    const int64_t stride = blocks.most_channels(), width = blocks.width;
     const scalar_t* y_data = data<scalar_t>(y);
-    std::vector<double> block_mean(blocks.count * channels), block_m2(blocks.count * channels);
-    at::parallel_for(0, blocks.count, blocks.grain(), [&](int64_t first, int64_t last) {
-      std::vector<acc> shift(blocks.width), s1(blocks.width), s2(blocks.width);
-      std::vector<double> sum(channels), square(channels);
-      for (int64_t block = first; block < last; ++block) {
-        const scalar_t* x = y_data + blocks.begin(block);
-        const int64_t n = blocks.elements(block), used = std::min(n, blocks.width);
-        const int64_t fold = blocks.channels_last ? channels : 1;
-        const double values = static_cast<double>(blocks.values(block));
-        std::fill(s1.begin(), s1.end(), acc(0));
-        loops.sum(x, n, blocks.width, s1.data());
-        fold_columns(s1.data(), used, fold, sum.data());
-        for (int64_t i = 0; i < blocks.width; ++i) shift[i] = static_cast<acc>(sum[i % fold] / values);
-        std::fill(s1.begin(), s1.end(), acc(0));
-        std::fill(s2.begin(), s2.end(), acc(0));
-        loops.moments(x, n, blocks.width, shift.data(), s1.data(), s2.data());
-        fold_columns(s1.data(), used, fold, sum.data());
-        fold_columns(s2.data(), used, fold, square.data());
-        for (int64_t c = 0; c < channels; ++c) {
-          block_mean[block * channels + c] = shift[c] + sum[c] / values;
-          block_m2[block * channels + c] = square[c] - sum[c] * sum[c] / values;
-        }
+    std::vector<double> block_mean(blocks.count * stride), block_m2(blocks.count * stride);
+    blocks.parallel_for_each([&](const Blocks::Block& b, int64_t index) {
+      thread_local std::vector<acc> shift, s1, s2;
+      thread_local std::vector<double> sum, square;
+      const int64_t channels = b.planes * blocks.per_plane, columns = b.planes * width;
+      const double values = static_cast<double>(blocks.values(b));
+      sum.resize(stride), square.resize(stride), shift.resize(blocks.most_columns());
+      s1.assign(columns, 0);
+      blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
+        loops.sum(y_data + i, n, width, s1.data() + (p - b.plane) * width);
+      });
+      fold_columns(blocks, b, s1.data(), sum.data());
+      for (int64_t p = 0; p < b.planes; ++p)
+        for (int64_t i = 0; i < width; i += blocks.per_plane)
+          for (int64_t c = 0; c < blocks.per_plane; ++c)
+            shift[p * width + i + c] = static_cast<acc>(sum[p * blocks.per_plane + c] / values);
+      s1.assign(columns, 0);
+      s2.assign(columns, 0);
+      blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
+        const int64_t column = (p - b.plane) * width;
+        loops.moments(y_data + i, n, width, shift.data() + column, s1.data() + column, s2.data() + column);
+      });
+      fold_columns(blocks, b, s1.data(), sum.data());
+      fold_columns(blocks, b, s2.data(), square.data());
+      for (int64_t c = 0; c < channels; ++c) {
+        const double start = shift[c / blocks.per_plane * width + c % blocks.per_plane];
+        block_mean[index * stride + c] = start + sum[c] / values;
+        block_m2[index * stride + c] = square[c] - sum[c] * sum[c] / values;
       }
     });
     const Tensor mean = at::zeros({blocks.channels}, at::kDouble), var = at::zeros({blocks.channels}, at::kDouble);
     double *mean_data = mean.mutable_data_ptr<double>(), *m2 = var.mutable_data_ptr<double>();
     std::vector<double> merged(blocks.channels, 0.0);
-    for (int64_t block = 0; block < blocks.count; ++block) {
-      const double values = static_cast<double>(blocks.values(block));
-      for (int64_t i = 0; i < channels; ++i) {
-        const int64_t c = blocks.channel(block) + i;
-        const double total = merged[c] + values, delta = block_mean[block * channels + i] - mean_data[c];
-        m2[c] += block_m2[block * channels + i] + delta * delta * (merged[c] * values / total);
+    for (int64_t index = 0; index < blocks.count; ++index) {
+      const Blocks::Block b = blocks[index];
+      const double values = static_cast<double>(blocks.values(b));
+      for (int64_t i = 0; i < b.planes * blocks.per_plane; ++i) {
+        const int64_t c = b.plane * blocks.per_plane + i;
+        const double total = merged[c] + values, delta = block_mean[index * stride + i] - mean_data[c];
+        m2[c] += block_m2[index * stride + i] + delta * delta * (merged[c] * values / total);
         mean_data[c] += delta * (values / total);
         merged[c] = total;
       }
@@ -209,13 +255,11 @@ struct CpuKernels {
       const auto loop = loops.apply[static_cast<int>(bn.activation)];
       const scalar_t *y = data<scalar_t>(bn.y), *residual = data<scalar_t>(bn.residual);
       scalar_t* o = mutable_data<scalar_t>(out);
-      at::parallel_for(0, blocks.count, blocks.grain(), [&](int64_t first, int64_t last) {
-        for (int64_t block = first; block < last; ++block) {
-          const int64_t i = blocks.begin(block);
-          loop({y + i, at_offset(residual, i), o + i, mean.of(block), scale.of(block), bias.of(block),
-                static_cast<acc>(bn.slope)},
-               blocks.elements(block), blocks.width);
-        }
+      blocks.parallel_for_each([&](const Blocks::Block& b, int64_t) {
+        blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
+          loop({y + i, at_offset(residual, i), o + i, mean.of(p), scale.of(p), bias.of(p), static_cast<acc>(bn.slope)},
+               n, blocks.width);
+        });
       });
     });
   }
@@ -230,16 +274,15 @@ struct CpuKernels {
           mean(blocks, split.rounded),
           scale(blocks, to_vector(bn.scale)),
           bias(blocks, plus_product(to_vector(bn.bias), to_vector(bn.scale), split.rest)) {}
-    BackwardArgs<scalar_t> args(const Blocks& blocks, const BnBackward& bn, int64_t block) const {
-      const int64_t i = blocks.begin(block);
+    BackwardArgs<scalar_t> args(const BnBackward& bn, int64_t i, int64_t plane) const {
       BackwardArgs<scalar_t> a{};
       a.grad = data<scalar_t>(bn.grad) + i;
       a.y = data<scalar_t>(bn.y) + i;
       a.residual = at_offset(data<scalar_t>(bn.residual), i);
       a.out = at_offset(data<scalar_t>(bn.out), i);
-      a.mean = mean.of(block);
-      a.scale = scale.of(block);
-      a.bias = bias.of(block);
+      a.mean = mean.of(plane);
+      a.scale = scale.of(plane);
+      a.bias = bias.of(plane);
       a.slope = static_cast<acc>(bn.slope);
       return a;
     }
@@ -249,32 +292,33 @@ struct CpuKernels {
     return dispatch(bn.y, [&]<typename scalar_t>(scalar_t, const BnLoops<scalar_t>& loops) {
       using acc = acc_t<scalar_t>;
       const Blocks blocks(bn.y);
-      const int64_t channels = blocks.partial_channels();
+      const int64_t stride = blocks.most_channels(), width = blocks.width;
       const BackwardColumns<scalar_t> columns(blocks, bn);
       const auto loop = loops.backward_reduce[static_cast<int>(bn.activation)];
-      std::vector<double> block_g(blocks.count * channels), block_gd(blocks.count * channels);
-      at::parallel_for(0, blocks.count, blocks.grain(), [&](int64_t first, int64_t last) {
-        std::vector<acc> g(blocks.width), gd(blocks.width);
-        for (int64_t block = first; block < last; ++block) {
-          std::fill(g.begin(), g.end(), acc(0));
-          std::fill(gd.begin(), gd.end(), acc(0));
-          auto args = columns.args(blocks, bn, block);
-          args.sum_g = g.data();
-          args.sum_gd = gd.data();
-          const int64_t n = blocks.elements(block), used = std::min(n, blocks.width);
-          loop(args, n, blocks.width);
-          fold_columns(g.data(), used, channels, &block_g[block * channels]);
-          fold_columns(gd.data(), used, channels, &block_gd[block * channels]);
-        }
+      std::vector<double> block_g(blocks.count * stride), block_gd(blocks.count * stride);
+      blocks.parallel_for_each([&](const Blocks::Block& b, int64_t index) {
+        thread_local std::vector<acc> g, gd;
+        g.assign(b.planes * width, 0);
+        gd.assign(b.planes * width, 0);
+        blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
+          auto args = columns.args(bn, i, p);
+          args.sum_g = g.data() + (p - b.plane) * width;
+          args.sum_gd = gd.data() + (p - b.plane) * width;
+          loop(args, n, width);
+        });
+        fold_columns(blocks, b, g.data(), &block_g[index * stride]);
+        fold_columns(blocks, b, gd.data(), &block_gd[index * stride]);
       });
       const Tensor sum_g = at::zeros({blocks.channels}, at::kDouble),
                    sum_gd = at::zeros({blocks.channels}, at::kDouble);
       double *g = sum_g.mutable_data_ptr<double>(), *gd = sum_gd.mutable_data_ptr<double>();
-      for (int64_t block = 0; block < blocks.count; ++block)
-        for (int64_t i = 0; i < channels; ++i) {
-          g[blocks.channel(block) + i] += block_g[block * channels + i];
-          gd[blocks.channel(block) + i] += block_gd[block * channels + i];
+      for (int64_t index = 0; index < blocks.count; ++index) {
+        const Blocks::Block b = blocks[index];
+        for (int64_t i = 0; i < b.planes * blocks.per_plane; ++i) {
+          g[b.plane * blocks.per_plane + i] += block_g[index * stride + i];
+          gd[b.plane * blocks.per_plane + i] += block_gd[index * stride + i];
         }
+      }
       for (int64_t c = 0; c < blocks.channels; ++c) gd[c] += columns.split.rest[c] * g[c];
       return std::make_tuple(sum_g, sum_gd);
     });
@@ -291,16 +335,16 @@ struct CpuKernels {
       const Columns<acc> c_columns(blocks, plus_product(to_vector(c), b_vector, columns.split.rest));
       const auto loop = loops.backward_apply[static_cast<int>(bn.activation)];
       scalar_t *dy = mutable_data<scalar_t>(grad_y), *dr = mutable_data<scalar_t>(grad_residual);
-      at::parallel_for(0, blocks.count, blocks.grain(), [&](int64_t first, int64_t last) {
-        for (int64_t block = first; block < last; ++block) {
-          auto args = columns.args(blocks, bn, block);
-          args.a = a_columns.of(block);
-          args.b = b_columns.of(block);
-          args.c = c_columns.of(block);
-          args.grad_y = dy + blocks.begin(block);
-          args.grad_residual = at_offset(dr, blocks.begin(block));
-          loop(args, blocks.elements(block), blocks.width);
-        }
+      blocks.parallel_for_each([&](const Blocks::Block& b, int64_t) {
+        blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
+          auto args = columns.args(bn, i, p);
+          args.a = a_columns.of(p);
+          args.b = b_columns.of(p);
+          args.c = c_columns.of(p);
+          args.grad_y = dy + i;
+          args.grad_residual = at_offset(dr, i);
+          loop(args, n, blocks.width);
+        });
       });
     });
   }
@@ -315,13 +359,12 @@ struct CpuKernels {
       const double inverse_slope = bn.activation == Activation::leaky_relu ? 1 / bn.slope : 1;
       const scalar_t *o = data<scalar_t>(out), *residual = data<scalar_t>(bn.residual);
       scalar_t* y_data = mutable_data<scalar_t>(y);
-      at::parallel_for(0, blocks.count, blocks.grain(), [&](int64_t first, int64_t last) {
-        for (int64_t block = first; block < last; ++block) {
-          const int64_t i = blocks.begin(block);
-          loops.invert({o + i, at_offset(residual, i), y_data + i, mean.of(block), inverse_scale.of(block),
-                        bias.of(block), static_cast<acc>(inverse_slope)},
-                       blocks.elements(block), blocks.width);
-        }
+      blocks.parallel_for_each([&](const Blocks::Block& b, int64_t) {
+        blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
+          loops.invert({o + i, at_offset(residual, i), y_data + i, mean.of(p), inverse_scale.of(p), bias.of(p),
+                        static_cast<acc>(inverse_slope)},
+                       n, blocks.width);
+        });
       });
     });
     return y;

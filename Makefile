@@ -51,6 +51,9 @@ simt: build $(BOOST)  ## the CUDA kernels executed on the CPU: values, races, bo
 	$(PY) -m pytest tests/simt
 	SIMT_BUILD=asan ASAN_OPTIONS=detect_leaks=0:halt_on_error=0:suppress_equal_pcs=0 LD_PRELOAD="$(LIBASAN)" $(PY) -m pytest tests/simt
 
+bench: build  ## timings against torch, as CSV and pictures in out/bench
+	$(PY) bench/bench_conv_bn.py --out out/bench
+
 lint: venv  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -136,7 +136,6 @@ class Case:
             else:
                 assert_as_accurate(leaf.grad, theirs[1][name].grad, exact[1][name].grad, dtype, f"grad of {name}")
 
-
     def check_equal_to_torch(self):
         """In float64, to rounding; absolute, since 1x1 one-channel layers have gradients that cancel to nothing."""
         theirs, ours = self.eager(torch.float64), self.ours(torch.float64)

@@ -1,0 +1,171 @@
+"""conv → BN → ReLU: ours against eager torch, torch.compile, the folded layer, and the convolution alone.
+
+    python bench/bench_conv_bn.py [--quick] [--compile] [--dtype float32] [--layout channels_last] [--mode eval]
+
+Writes conv_bn.csv and conv_bn.png into --out; ends with geometric means and the smallest ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import environment, geometric_mean, interleave, write_csv
+from torch import nn
+
+import convbn_ext as cb
+
+# (N, C_in, C_out, kernel, H, stride, groups)
+SHAPES = [
+    (32, 64, 64, 3, 56, 1, 1),
+    (32, 64, 256, 1, 56, 1, 1),
+    (32, 256, 64, 1, 56, 1, 1),
+    (32, 128, 128, 3, 28, 1, 1),
+    (32, 512, 128, 1, 28, 1, 1),
+    (32, 256, 256, 3, 14, 1, 1),
+    (32, 1024, 256, 1, 14, 1, 1),
+    (32, 512, 512, 3, 7, 1, 1),
+    (64, 3, 64, 3, 32, 1, 1),
+    (64, 16, 16, 3, 32, 1, 1),
+    (64, 32, 32, 3, 56, 1, 32),
+    (16, 64, 64, 3, 56, 2, 1),
+]
+# nothing was tuned to these
+UNSEEN = [(24, 48, 96, 3, 40, 1, 1), (20, 96, 40, 1, 36, 1, 1), (40, 24, 24, 5, 30, 1, 24), (12, 80, 80, 3, 33, 2, 1)]
+DTYPES = ["float32", "bfloat16"]
+LAYOUTS = ["channels_last", "contiguous"]
+MODES = ["forward", "forward+backward", "eval"]
+
+
+def name_of(shape) -> str:
+    n, c_in, c_out, k, h, stride, groups = shape
+    extra = (f" stride {stride}" if stride > 1 else "") + (f" groups {groups}" if groups > 1 else "")
+    return f"{n}x{c_in}x{h}x{h} to {c_out} k{k}{extra}"
+
+
+def providers(shape, dtype, layout, mode, compiled):
+    n, c_in, c_out, k, h, stride, groups = shape
+    torch.manual_seed(0)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    conv = nn.Conv2d(c_in, c_out, k, stride=stride, padding=k // 2, groups=groups, bias=False)
+    conv = conv.to(dtype, memory_format=memory_format)
+    bn = nn.BatchNorm2d(c_out).to(dtype)
+    fused, eager = cb.ConvBN2d.from_modules(conv, bn, "relu"), nn.Sequential(conv, bn, nn.ReLU())
+    for module in (fused, eager):
+        module.train(mode != "eval")
+    backward = mode == "forward+backward"
+    x = torch.randn(n, c_in, h, h).to(dtype).contiguous(memory_format=memory_format).requires_grad_(backward)
+    grad = torch.randn(conv(x).shape).to(dtype).contiguous(memory_format=memory_format)
+
+    def step(f):
+        def run():
+            if not backward:
+                with torch.no_grad():
+                    return f(x)
+            f(x).backward(grad)
+            x.grad = conv.weight.grad = None
+            return None
+
+        return run
+
+    result = {
+        "ours": step(fused),
+        "eager": step(eager),
+        "conv alone": step(lambda x: F.conv2d(x, conv.weight, None, stride, k // 2, 1, groups)),
+    }
+    if mode == "eval":
+        result["folded"] = step(nn.Sequential(nn.utils.fusion.fuse_conv_bn_eval(conv.eval(), bn.eval()), nn.ReLU()))
+    if compiled:
+        torch._dynamo.reset()
+        result["torch.compile"] = step(torch.compile(eager))
+    return result
+
+
+def picture(rows, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = list(dict.fromkeys((r["dtype"], r["layout"], r["mode"]) for r in rows))
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))
+    figure, axes = plt.subplots(len(groups), 1, figsize=(12, 2.4 * len(groups) + 1), squeeze=False, sharex=True)
+    for axis, group in zip(axes[:, 0], groups, strict=True):
+        chosen = [r for r in rows if (r["dtype"], r["layout"], r["mode"]) == group]
+        kinds = list(dict.fromkeys(r["provider"] for r in chosen))
+        for i, kind in enumerate(kinds):
+            values = {r["shape"]: r["vs_conv"] for r in chosen if r["provider"] == kind}
+            axis.bar([shapes.index(s) + (i - len(kinds) / 2) * 0.16 for s in values], values.values(), 0.16, label=kind)
+        axis.axhline(1, color="k", lw=0.5)
+        axis.set_title(", ".join(group), fontsize=9)
+        axis.set_ylabel("time / conv alone")
+        axis.set_ylim(0, 4)
+    axes[0, 0].legend(fontsize=8, ncol=5)
+    axes[-1, 0].set_xticks(range(len(shapes)), shapes, rotation=30, ha="right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--layout", nargs="+", default=LAYOUTS, choices=LAYOUTS)
+    parser.add_argument("--mode", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--seconds", type=float, default=2.0, help="per shape and mode")
+    parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too (slow to warm up)")
+    parser.add_argument("--quick", action="store_true", help="four shapes, half a second each")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    args = parser.parse_args()
+    shapes = SHAPES[3:10:2] if args.quick else SHAPES + UNSEEN
+    seconds = 0.5 if args.quick else args.seconds
+    flush = torch.empty(2**26 if args.cold else 1)  # 256 MB
+    env, rows = environment(), []
+    configurations = list(itertools.product(args.dtype, args.layout, args.mode))
+    for dtype, layout, mode in configurations:
+        for shape in shapes:
+            runs = providers(shape, getattr(torch, dtype), layout, mode, args.compile)
+            measured = interleave(runs, seconds, before=flush.zero_)
+            common = {
+                "shape": name_of(shape),
+                "unseen": shape in UNSEEN,
+                "dtype": dtype,
+                "layout": layout,
+                "mode": mode,
+            }
+            new = {
+                provider: {
+                    **common,
+                    "provider": provider,
+                    **m,
+                    "vs_eager": measured["eager"]["p50"] / m["p50"],
+                    "vs_conv": m["p50"] / measured["conv alone"]["p50"],
+                    **env,
+                }
+                for provider, m in measured.items()
+            }
+            rows += new.values()
+            ours = new["ours"]
+            print(
+                f"conv_bn, ours, {mode}, {dtype}, {layout}, {ours['shape']}, ms p50={ours['p50']:.2f} "
+                f"p20={ours['p20']:.2f} p80={ours['p80']:.2f}, x{ours['vs_eager']:.2f} eager, "
+                f"x{1 / ours['vs_conv']:.2f} conv alone, {env['threads']} threads, {env['isa']}, "
+                f"torch {env['torch']}, {env['commit']}",
+                flush=True,
+            )
+    write_csv(args.out / "conv_bn.csv", rows)
+    picture(rows, args.out / "conv_bn.png")
+    for configuration in configurations:
+        ours = [r for r in rows if (r["provider"], r["dtype"], r["layout"], r["mode"]) == ("ours", *configuration)]
+        print(
+            f"{', '.join(configuration)}: geometric mean x{geometric_mean(r['vs_eager'] for r in ours):.3f} eager, "
+            f"x{geometric_mean(1 / r['vs_conv'] for r in ours):.3f} conv alone; "
+            f"least x{min(r['vs_eager'] for r in ours):.3f} eager"
+        )
+
+
+if __name__ == "__main__":
+    main()

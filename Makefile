@@ -16,14 +16,17 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1|/' | column -t -s '|'
 
+# The packages of pyproject.toml's optional dependencies $(1).
+extras = $$($(PYTHON) -c "import tomllib; \
+  e = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+  print(*{d for k in '$(1)'.split() for d in e[k]})")
+
 venv: $(VENV)/.ready  ## .venv with torch and the tools
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet setuptools ninja pybind11 $$($(PYTHON) -c "import tomllib; \
-	  e = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
-	  print(*{d for k in ('test', 'demo', 'bench', 'lint') for d in e[k]})")
+	$(BIN)/pip install --quiet setuptools ninja pybind11 $(call extras,test demo bench lint)
 	touch $@
 
 build: $(VENV)/.built  ## the extension, against the torch in .venv
@@ -46,10 +49,34 @@ $(BOOST):
 	@test "$$(id -u)" = 0 || { echo "make simt needs boost.context:  sudo apt-get install libboost-context-dev"; exit 1; }
 	apt-get update -qq && apt-get install -y -qq libboost-context-dev
 
-simt: build $(BOOST)  ## the CUDA kernels executed on the CPU: values, races, bounds, traffic
+simt: venv $(BOOST)  ## the CUDA kernels executed on the CPU: values, races, bounds, traffic
 	$(MAKE) --no-print-directory -C tests/simt -j$(MAX_JOBS)
 	$(PY) -m pytest tests/simt
 	SIMT_BUILD=asan ASAN_OPTIONS=detect_leaks=0:halt_on_error=0:suppress_equal_pcs=0 LD_PRELOAD="$(LIBASAN)" $(PY) -m pytest tests/simt
+
+# The CUDA build needs no GPU: compiled for every architecture, linked, inspected and imported here, in a tree of its own so
+# that .venv keeps its library. nvcc comes from PATH, /usr/local/cuda or PyPI; everything else from the CUDA build of torch.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(abspath $(CUDA_VENV))/bin
+CUDA_TREE := build/cuda
+FIND_NVCC := command -v nvcc || ls /usr/local/cuda/bin/nvcc $(abspath $(CUDA_VENV))/lib/python3*/site-packages/nvidia/cu13/bin/nvcc 2>/dev/null
+CUDA_ARCHITECTURES ?= 8.0;9.0;10.0;12.0+PTX
+
+$(CUDA_VENV)/.ready: pyproject.toml
+	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/pip install --quiet $(CUDA_TORCH)
+	$(CUDA_BIN)/pip install --quiet setuptools ninja pybind11 nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm $(call extras,test)
+	$(FIND_NVCC) || $(CUDA_BIN)/pip install --quiet nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
+	touch $@
+
+cuda: $(CUDA_VENV)/.ready  ## the CUDA build: four architectures, linked, its machine code checked, the CPU suite run in it
+	mkdir -p $(CUDA_TREE) && cd $(CUDA_TREE) && rm -rf csrc convbn_ext tests
+	git ls-files --cached --others --exclude-standard | xargs -d '\n' ls -d 2>/dev/null | xargs -d '\n' cp -a --parents -t $(CUDA_TREE)
+	nvcc=$$($(FIND_NVCC) | head -1); \
+	  home=$$($$nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's|^#$$ _HERE_=\(.*\)/bin$$|\1|p'); \
+	  cd $(CUDA_TREE) && CUDA_HOME=$$home TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)' $(CUDA_BIN)/python setup.py --quiet build_ext --inplace
+	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m pytest --ignore=tests/simt
 
 bench: build  ## timings against torch, as CSV and pictures in out/bench
 	$(PY) bench/bench_conv_bn.py --out out/bench
@@ -66,5 +93,5 @@ format: venv  ## rewrite the sources in the house style
 	git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(h|cpp|inl|cuh|cu)$$' | xargs -r $(BIN)/clang-format -i
 
 clean:  ## everything that make has made
-	rm -rf $(VENV) build out *.egg-info convbn_ext/*.so convbn_ext/_build_info.py .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(CUDA_VENV) build out *.egg-info convbn_ext/*.so convbn_ext/_build_info.py .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ Environment:
     MAX_JOBS=n   compiler processes at once
 """
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -56,6 +57,14 @@ def sources(with_cuda: bool) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
 
 
+def cuda_package() -> Path | None:
+    """The CUDA headers and libraries that pip installs with torch: a bare nvcc has no cuBLAS beside it."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = spec.submodule_search_locations if spec else []
+    folders = [Path(root) / f"cu{torch.version.cuda.partition('.')[0]}" for root in roots]
+    return next((folder for folder in folders if (folder / "include").is_dir()), None)
+
+
 def extension(with_cuda: bool):
     """One extension module; OpenMP pragmas are compiled, but libgomp comes from torch alone.
 
@@ -70,6 +79,9 @@ def extension(with_cuda: bool):
     }
     if not with_cuda:
         return cpp_extension.CppExtension("convbn_ext._C", sources(False), **options)
+    if package := cuda_package():  # behind the toolkit's own, which match nvcc
+        options["extra_compile_args"]["cxx"] += ["-idirafter", str(package / "include")]
+        options["library_dirs"] = [str(package / "lib")]
     options["extra_compile_args"]["nvcc"] = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr"]
     return cpp_extension.CUDAExtension("convbn_ext._C", sources(True), **options)
 

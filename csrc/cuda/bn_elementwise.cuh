@@ -43,7 +43,7 @@ __device__ __forceinline__ void for_each_pack(const Matrix& m, Make make, Body b
 }
 
 template <bool channels_last, class Act, typename scalar_t, int V>
-__global__ void __launch_bounds__(kThreads, 1) bn_apply_kernel(BnProblem p, Matrix m, scalar_t* out) {
+__global__ void __launch_bounds__(kThreads, kResident<scalar_t>) bn_apply_kernel(BnProblem p, Matrix m, scalar_t* out) {
   using acc = acc_t<scalar_t>;
   const auto* y = static_cast<const scalar_t*>(p.y);
   const auto* residual = static_cast<const scalar_t*>(p.residual);
@@ -99,7 +99,7 @@ struct BackwardAffine : Affine<acc> {
 };
 
 template <bool channels_last, class Act, typename scalar_t, int V>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kResident<scalar_t>)
     bn_backward_apply_kernel(BnProblem p, Matrix m, const double* a, const double* b, const double* c, scalar_t* grad_y,
                              scalar_t* grad_residual) {
   using acc = acc_t<scalar_t>;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // slope is 1 for the identity.
 template <bool channels_last, typename scalar_t, int V>
-__global__ void __launch_bounds__(kThreads, 1) bn_invert_kernel(BnProblem p, Matrix m, scalar_t* y) {
+__global__ void __launch_bounds__(kThreads, kResident<scalar_t>) bn_invert_kernel(BnProblem p, Matrix m, scalar_t* y) {
   using acc = acc_t<scalar_t>;
   const auto* out = static_cast<const scalar_t*>(p.out);
   const auto* residual = static_cast<const scalar_t*>(p.residual);

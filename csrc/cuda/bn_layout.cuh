@@ -15,6 +15,9 @@
 namespace convbn {
 
 constexpr int kThreads = 256;
+// Blocks that must fit on a multiprocessor: two keep enough loads in flight. float64 needs the registers more.
+template <typename scalar_t>
+constexpr int kResident = sizeof(scalar_t) == 8 ? 1 : 2;
 constexpr int64_t kBlocks =
     1024;  // about what fills the largest card once; fixed, so that sums do not depend on the card
 constexpr int64_t kRowsPerThread = 4;  // at least, before another block is worth its partial result

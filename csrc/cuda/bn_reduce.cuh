@@ -177,13 +177,15 @@ __device__ __forceinline__ void reduce_columns(const Matrix& m, Thread& thread, 
 }
 
 template <bool channels_last, typename scalar_t, int V>
-__global__ void __launch_bounds__(kThreads, 1) bn_statistics_kernel(BnProblem p, Matrix m, double* partial) {
+__global__ void __launch_bounds__(kThreads, kResident<scalar_t>)
+    bn_statistics_kernel(BnProblem p, Matrix m, double* partial) {
   StatisticsThread<scalar_t, V> thread{static_cast<const scalar_t*>(p.y)};
   reduce_columns<channels_last, V>(m, thread, partial);
 }
 
 template <bool channels_last, class Act, typename scalar_t, int V>
-__global__ void __launch_bounds__(kThreads, 1) bn_backward_reduce_kernel(BnProblem p, Matrix m, double* partial) {
+__global__ void __launch_bounds__(kThreads, kResident<scalar_t>)
+    bn_backward_reduce_kernel(BnProblem p, Matrix m, double* partial) {
   BackwardThread<Act, scalar_t, V> thread{p};
   reduce_columns<channels_last, V>(m, thread, partial);
 }

@@ -60,7 +60,13 @@ __device__ __forceinline__ void store_pack(scalar_t* p, int count, const acc_t<s
     Pack<scalar_t, V> pack;
 #pragma unroll
     for (int l = 0; l < V; ++l) pack.value[l] = from_acc<scalar_t>(x[l]);
-    *reinterpret_cast<Pack<scalar_t, V>*>(p) = pack;
+    if constexpr (sizeof pack == 16) {  // one store, which the compiler may not split
+      uint4 words;
+      memcpy(&words, &pack, sizeof pack);
+      __stwb(reinterpret_cast<uint4*>(p), words);
+    } else {
+      *reinterpret_cast<Pack<scalar_t, V>*>(p) = pack;
+    }
   } else {
 #pragma unroll
     for (int l = 0; l < V; ++l) {

@@ -74,6 +74,7 @@ class Buffer:
 
     def read(self) -> torch.Tensor:
         """What the device memory holds now."""
+        assert self.address, f"{self.name} has been freed"
         result = torch.empty_like(self.tensor)
         ctypes.memmove(result.data_ptr(), self.address, self.bytes)
         return result
@@ -81,7 +82,8 @@ class Buffer:
     def free(self) -> None:
         if self.read_only:
             assert torch.equal(self.read().view(torch.uint8), self.tensor.view(torch.uint8)), f"{self.name} was written"
-        assert self._library.simt_free(self.address), f"a kernel wrote beside {self.name}"
+        address, self.address = self.address, None
+        assert self._library.simt_free(address), f"a kernel wrote beside {self.name}"
 
 
 class Simulator:

@@ -34,6 +34,10 @@ struct uint3 {
   unsigned x, y, z;
 };
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -145,6 +149,9 @@ SIMT_CALL T atomicAdd(T* address, std::common_type_t<T> value) {
   *address = old + value;
   return old;
 }
+
+// The store with the default cache policy, which nvcc keeps whole.
+__forceinline__ void __stwb(uint4* address, uint4 value) { *address = value; }
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }

@@ -38,8 +38,13 @@ $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 demo: build  ## the main job: train on real digits, invert real image crops (writes out/demo)
 	$(PY) -m convbn_ext demo --out out/demo
 
-test: build  ## the whole CPU test suite
+# Tests that reach the loops with an implementation per instruction set.
+ISA_TESTS := $(foreach t,conv_bn modules fold golden gmres operator preconditioners solve methods invert,tests/test_$t.py)
+
+test: build  ## the whole CPU test suite, then what depends on the instruction set again with fewer instructions
 	$(PY) -m pytest
+	ATEN_CPU_CAPABILITY=avx2 $(PY) -m pytest $(ISA_TESTS)
+	ATEN_CPU_CAPABILITY=default $(PY) -m pytest $(ISA_TESTS)
 
 # Fibers come from boost.context, a system package; root installs it, anybody else is told how.
 BOOST := /usr/include/boost/context/detail/fcontext.hpp

@@ -178,10 +178,17 @@ template <typename acc>
 void fold_columns(const Blocks& blocks, const Blocks::Block& b, const acc* columns, double* sums) {
   std::fill(sums, sums + b.planes * blocks.per_plane, 0.0);
   const int64_t used = std::min(b.elements, blocks.width);
-  for (int64_t p = 0; p < b.planes; ++p)
-    for (int64_t i = 0; i < used; i += blocks.per_plane)
-      for (int64_t c = 0; c < blocks.per_plane; ++c)
-        sums[p * blocks.per_plane + c] += columns[p * blocks.width + i + c];
+  for (int64_t p = 0; p < b.planes; ++p) {
+    const acc* column = columns + p * blocks.width;
+    if (blocks.per_plane == 1) {  // four chains of additions instead of one
+      double chain[4] = {};
+      for (int64_t i = 0; i < used; ++i) chain[i % 4] += column[i];
+      sums[p] = (chain[0] + chain[1]) + (chain[2] + chain[3]);
+    } else {
+      for (int64_t i = 0; i < used; i += blocks.per_plane)
+        for (int64_t c = 0; c < blocks.per_plane; ++c) sums[p * blocks.per_plane + c] += column[i + c];
+    }
+  }
 }
 
 struct CpuKernels {
@@ -264,26 +271,33 @@ struct CpuKernels {
     });
   }
 
+  // The arguments that both backward loops share: pointers to the start of the tensors and the columns of all planes.
   template <typename scalar_t>
   struct BackwardColumns {
     using acc = acc_t<scalar_t>;
     SplitMean<acc> split;
     Columns<acc> mean, scale, bias;
+    BackwardArgs<scalar_t> start{};
     BackwardColumns(const Blocks& blocks, const BnBackward& bn)
         : split(bn.mean),
           mean(blocks, split.rounded),
           scale(blocks, to_vector(bn.scale)),
-          bias(blocks, plus_product(to_vector(bn.bias), to_vector(bn.scale), split.rest)) {}
-    BackwardArgs<scalar_t> args(const BnBackward& bn, int64_t i, int64_t plane) const {
-      BackwardArgs<scalar_t> a{};
-      a.grad = data<scalar_t>(bn.grad) + i;
-      a.y = data<scalar_t>(bn.y) + i;
-      a.residual = at_offset(data<scalar_t>(bn.residual), i);
-      a.out = at_offset(data<scalar_t>(bn.out), i);
+          bias(blocks, plus_product(to_vector(bn.bias), to_vector(bn.scale), split.rest)) {
+      start.grad = data<scalar_t>(bn.grad);
+      start.y = data<scalar_t>(bn.y);
+      start.residual = data<scalar_t>(bn.residual);
+      start.out = data<scalar_t>(bn.out);
+      start.slope = static_cast<acc>(bn.slope);
+    }
+    BackwardArgs<scalar_t> args(int64_t i, int64_t plane) const {
+      BackwardArgs<scalar_t> a = start;
+      a.grad += i;
+      a.y += i;
+      a.residual = at_offset(a.residual, i);
+      a.out = at_offset(a.out, i);
       a.mean = mean.of(plane);
       a.scale = scale.of(plane);
       a.bias = bias.of(plane);
-      a.slope = static_cast<acc>(bn.slope);
       return a;
     }
   };
@@ -301,7 +315,7 @@ struct CpuKernels {
         g.assign(b.planes * width, 0);
         gd.assign(b.planes * width, 0);
         blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
-          auto args = columns.args(bn, i, p);
+          auto args = columns.args(i, p);
           args.sum_g = g.data() + (p - b.plane) * width;
           args.sum_gd = gd.data() + (p - b.plane) * width;
           loop(args, n, width);
@@ -337,7 +351,7 @@ struct CpuKernels {
       scalar_t *dy = mutable_data<scalar_t>(grad_y), *dr = mutable_data<scalar_t>(grad_residual);
       blocks.parallel_for_each([&](const Blocks::Block& b, int64_t) {
         blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
-          auto args = columns.args(bn, i, p);
+          auto args = columns.args(i, p);
           args.a = a_columns.of(p);
           args.b = b_columns.of(p);
           args.c = c_columns.of(p);

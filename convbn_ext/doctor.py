@@ -75,12 +75,15 @@ def examine(load_error: ImportError | None = None) -> Report:
 
 
 def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP libraries mapped into this process (Linux; empty elsewhere)."""
+    """Paths of the OpenMP libraries mapped into this process (Linux; empty elsewhere).
+
+    A copy that another wheel carries for itself (``scikit_learn.libs/``) serves that wheel alone and is left out.
+    """
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
     paths = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if len(line.split(maxsplit=5)) == 6}
-    return sorted(p for p in paths if Path(p).name.startswith(_OPENMP))
+    return sorted(p for p in paths if Path(p).name.startswith(_OPENMP) and not Path(p).parent.name.endswith(".libs"))
 
 
 def _torch_facts(report: Report, torch: Any) -> None:

@@ -1,9 +1,9 @@
 // Inner loops of batch normalisation on a CPU, compiled once per instruction set (bn_loops_*.cpp) and chosen once.
 //
-// Both layouts are one problem: a run of n consecutive elements seen as rows `width` wide (the last row may be cut
-// short), with one set of parameters per column.
-//   channels_last (M, C):    width = f·C, f rows side by side, so that narrow or odd C still fill vectors
-//   contiguous (N, C, S):    a plane of one channel, width = kPlaneWidth, every column with the same parameters
+// Both layouts are one problem: runs of consecutive elements, each seen as rows `width` wide (the last row may be cut
+// short), with one set of parameters per column and run.
+//   channels_last (M, C):    one run, width = f·C, f rows side by side, so that narrow or odd C still fill vectors
+//   contiguous (N, C, S):    a run per plane of one channel, width = kPlaneWidth, its columns with equal parameters
 #pragma once
 #include <cstdint>
 
@@ -12,6 +12,11 @@
 namespace convbn {
 
 constexpr int64_t kPlaneWidth = 64;
+
+// `runs` runs that follow each other in memory; run r uses the columns r·width … (r + 1)·width − 1.
+struct Span {
+  int64_t elements, width, runs;  // elements of one run
+};
 
 struct bf16 {
   uint16_t bits;
@@ -66,13 +71,13 @@ struct InvertArgs {
 template <typename scalar_t>
 struct BnLoops {
   using acc = acc_t<scalar_t>;
-  void (*sum)(const scalar_t* x, int64_t n, int64_t width, acc* sums);
+  void (*sum)(const scalar_t* x, const Span& span, acc* sums);
   // s1 += x − shift, s2 += (x − shift)²
-  void (*moments)(const scalar_t* x, int64_t n, int64_t width, const acc* shift, acc* s1, acc* s2);
-  void (*apply[kActivations])(const ApplyArgs<scalar_t>&, int64_t n, int64_t width);
-  void (*backward_reduce[kActivations])(const BackwardArgs<scalar_t>&, int64_t n, int64_t width);
-  void (*backward_apply[kActivations])(const BackwardArgs<scalar_t>&, int64_t n, int64_t width);
-  void (*invert)(const InvertArgs<scalar_t>&, int64_t n, int64_t width);
+  void (*moments)(const scalar_t* x, const Span& span, const acc* shift, acc* s1, acc* s2);
+  void (*apply[kActivations])(const ApplyArgs<scalar_t>&, const Span& span);
+  void (*backward_reduce[kActivations])(const BackwardArgs<scalar_t>&, const Span& span);
+  void (*backward_apply[kActivations])(const BackwardArgs<scalar_t>&, const Span& span);
+  void (*invert)(const InvertArgs<scalar_t>&, const Span& span);
 };
 
 // One table per instruction set, each defined by its own bn_loops_*.cpp.

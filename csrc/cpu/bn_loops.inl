@@ -84,56 +84,62 @@ struct Hardswish {  // v·min(max(v + 3, 0), 6)/6
 
 // f(i, c, k) for every vector: element i, column c, k lanes
 template <int lanes, class F>
-CONVBN_INLINE void for_each_vector(int64_t n, int64_t width, F f) {
-  for (int64_t row = 0; row < n; row += width) {
-    const int64_t columns = width < n - row ? width : n - row;
-    int64_t c = 0;
-    for (; c + lanes <= columns; c += lanes) f(row + c, c, lanes);
-    if (c < columns) f(row + c, c, int(columns - c));
+CONVBN_INLINE void for_each_vector(const Span span, F f) {
+  for (int64_t run = 0; run < span.runs; ++run) {
+    const int64_t end = (run + 1) * span.elements, first = run * span.width;
+    for (int64_t row = run * span.elements; row < end; row += span.width) {
+      const int64_t columns = span.width < end - row ? span.width : end - row;
+      int64_t c = 0;
+      for (; c + lanes <= columns; c += lanes) f(row + c, first + c, lanes);
+      if (c < columns) f(row + c, first + c, int(columns - c));
+    }
   }
 }
 
 // f(i, c, k, s1, s2) adds to two column sums; eight rows share one load and store of the sums
 template <typename scalar_t, class F>
-CONVBN_INLINE void accumulate_columns(int64_t n, int64_t width, acc_t<scalar_t>* sum1, acc_t<scalar_t>* sum2, F f) {
+CONVBN_INLINE void accumulate_columns(const Span span, acc_t<scalar_t>* sum1, acc_t<scalar_t>* sum2, F f) {
   constexpr int lanes = kLanes<scalar_t>;
   constexpr int64_t kRows = 8;
-  const auto columns = [=](int64_t row, int64_t rows, int64_t c, int k) __attribute__((always_inline)) {
+  const int64_t width = span.width;
+  const auto columns = [=](int64_t i, int64_t rows, int64_t c, int k) __attribute__((always_inline)) {
     vec<scalar_t> s1 = load(sum1 + c, k), s2{};
     if (sum2) s2 = load(sum2 + c, k);
-    for (int64_t r = 0; r < rows; ++r) f(row + r * width + c, c, k, s1, s2);
+    for (int64_t r = 0; r < rows; ++r) f(i + r * width, c, k, s1, s2);
     store(sum1 + c, s1, k);
     if (sum2) store(sum2 + c, s2, k);
   };
-  for (int64_t row = 0; row < n;) {
-    const bool whole = width <= n - row;
-    const int64_t rows = !whole ? 1 : kRows * width <= n - row ? kRows : (n - row) / width;
-    const int64_t used = whole ? width : n - row;
-    int64_t c = 0;
-    if (rows == kRows)
-      for (; c + lanes <= used; c += lanes) columns(row, kRows, c, lanes);
-    else
-      for (; c + lanes <= used; c += lanes) columns(row, rows, c, lanes);
-    if (c < used) columns(row, rows, c, int(used - c));
-    row += rows * used;
+  for (int64_t run = 0; run < span.runs; ++run) {
+    const int64_t end = (run + 1) * span.elements, first = run * width;
+    for (int64_t row = run * span.elements; row < end;) {
+      const int64_t left = end - row, used = width < left ? width : left;
+      const int64_t rows = kRows * width <= left ? kRows : width <= left ? left / width : 1;
+      int64_t c = 0;
+      if (rows == kRows)
+        for (; c + lanes <= used; c += lanes) columns(row + c, kRows, first + c, lanes);
+      else
+        for (; c + lanes <= used; c += lanes) columns(row + c, rows, first + c, lanes);
+      if (c < used) columns(row + c, rows, first + c, int(used - c));
+      row += rows * used;
+    }
   }
 }
 
 // ---- loops ----
 
 template <typename scalar_t>
-void sum_loop(const scalar_t* x, int64_t n, int64_t width, acc_t<scalar_t>* sums) {
+void sum_loop(const scalar_t* x, const Span& span, acc_t<scalar_t>* sums) {
   using V = vec<scalar_t>;
-  accumulate_columns<scalar_t>(n, width, sums, nullptr,
+  accumulate_columns<scalar_t>(span, sums, nullptr,
                                [=](int64_t i, int64_t, int k, V& s, V&)
                                    __attribute__((always_inline)) { s += load(x + i, k); });
 }
 
 template <typename scalar_t>
-void moments_loop(const scalar_t* x, int64_t n, int64_t width, const acc_t<scalar_t>* shift, acc_t<scalar_t>* sum1,
+void moments_loop(const scalar_t* x, const Span& span, const acc_t<scalar_t>* shift, acc_t<scalar_t>* sum1,
                   acc_t<scalar_t>* sum2) {
   using V = vec<scalar_t>;
-  accumulate_columns<scalar_t>(n, width, sum1, sum2,
+  accumulate_columns<scalar_t>(span, sum1, sum2,
                                [=](int64_t i, int64_t c, int k, V& s1, V& s2) __attribute__((always_inline)) {
                                  const V d = load(x + i, k) - load(shift + c, k);
                                  s1 += d;
@@ -142,11 +148,11 @@ void moments_loop(const scalar_t* x, int64_t n, int64_t width, const acc_t<scala
 }
 
 template <class Act, typename scalar_t>
-void apply_loop(const ApplyArgs<scalar_t>& args, int64_t n, int64_t width) {
+void apply_loop(const ApplyArgs<scalar_t>& args, const Span& span) {
   using V = vec<scalar_t>;
   const ApplyArgs<scalar_t> a = args;
   const V slope = V{} + a.slope;
-  for_each_vector<kLanes<scalar_t>>(n, width, [=](int64_t i, int64_t c, int k) __attribute__((always_inline)) {
+  for_each_vector<kLanes<scalar_t>>(span, [=](int64_t i, int64_t c, int k) __attribute__((always_inline)) {
     V v = (load(a.y + i, k) - load(a.mean + c, k)) * load(a.scale + c, k) + load(a.bias + c, k);
     if (a.residual) v += load(a.residual + i, k);
     store(a.out + i, Act::value(v, slope), k);
@@ -174,11 +180,11 @@ struct Masked {
 };
 
 template <class Act, typename scalar_t>
-void backward_reduce_loop(const BackwardArgs<scalar_t>& args, int64_t n, int64_t width) {
+void backward_reduce_loop(const BackwardArgs<scalar_t>& args, const Span& span) {
   using V = vec<scalar_t>;
   const BackwardArgs<scalar_t> a = args;
   const V slope = V{} + a.slope;
-  accumulate_columns<scalar_t>(n, width, a.sum_g, a.sum_gd,
+  accumulate_columns<scalar_t>(span, a.sum_g, a.sum_gd,
                                [=](int64_t i, int64_t c, int k, V& s1, V& s2) __attribute__((always_inline)) {
                                  const Masked<Act, scalar_t> m(a, i, c, k, slope);
                                  s1 += m.g;
@@ -187,11 +193,11 @@ void backward_reduce_loop(const BackwardArgs<scalar_t>& args, int64_t n, int64_t
 }
 
 template <class Act, typename scalar_t>
-void backward_apply_loop(const BackwardArgs<scalar_t>& args, int64_t n, int64_t width) {
+void backward_apply_loop(const BackwardArgs<scalar_t>& args, const Span& span) {
   using V = vec<scalar_t>;
   const BackwardArgs<scalar_t> a = args;
   const V slope = V{} + a.slope;
-  for_each_vector<kLanes<scalar_t>>(n, width, [=](int64_t i, int64_t c, int k) __attribute__((always_inline)) {
+  for_each_vector<kLanes<scalar_t>>(span, [=](int64_t i, int64_t c, int k) __attribute__((always_inline)) {
     const Masked<Act, scalar_t> m(a, i, c, k, slope);
     store(a.grad_y + i, m.g * load(a.a + c, k) + m.d * load(a.b + c, k) + load(a.c + c, k), k);
     if (a.grad_residual) store(a.grad_residual + i, m.g, k);
@@ -199,11 +205,11 @@ void backward_apply_loop(const BackwardArgs<scalar_t>& args, int64_t n, int64_t 
 }
 
 template <typename scalar_t>
-void invert_loop(const InvertArgs<scalar_t>& args, int64_t n, int64_t width) {
+void invert_loop(const InvertArgs<scalar_t>& args, const Span& span) {
   using V = vec<scalar_t>;
   const InvertArgs<scalar_t> a = args;
   const V slope = V{} + a.inverse_slope;
-  for_each_vector<kLanes<scalar_t>>(n, width, [=](int64_t i, int64_t c, int k) __attribute__((always_inline)) {
+  for_each_vector<kLanes<scalar_t>>(span, [=](int64_t i, int64_t c, int k) __attribute__((always_inline)) {
     V v = LeakyRelu::value(load(a.out + i, k), slope);
     if (a.residual) v -= load(a.residual + i, k);
     store(a.y + i, (v - load(a.bias + c, k)) * load(a.inverse_scale + c, k) + load(a.mean + c, k), k);

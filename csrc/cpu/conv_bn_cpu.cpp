@@ -105,11 +105,12 @@ class Blocks {
     b.samples = std::min(samples_, N_ - b.sample);
     return b;
   }
-  // f(first element, number of elements, plane) for every run of consecutive elements, in memory order
+  // f(first element, span, first plane) for every stretch of consecutive elements, in memory order
   template <class F>
-  void for_each_run(const Block& b, F f) const {
+  void for_each_span(const Block& b, F f) const {
+    // more than one plane in a block means whole planes, which follow each other
     for (int64_t n = b.sample; n < b.sample + b.samples; ++n)
-      for (int64_t p = b.plane; p < b.plane + b.planes; ++p) f((n * P_ + p) * S_ + b.element, b.elements, p);
+      f((n * P_ + b.plane) * S_ + b.element, Span{b.elements, width, b.planes}, b.plane);
   }
   // f(block) for all blocks, on all threads
   template <class F>
@@ -211,9 +212,7 @@ struct CpuKernels {
       const double values = static_cast<double>(blocks.values(b));
       sum.resize(stride), square.resize(stride), shift.resize(blocks.most_columns());
       s1.assign(columns, 0);
-      blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
-        loops.sum(y_data + i, n, width, s1.data() + (p - b.plane) * width);
-      });
+      blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t) { loops.sum(y_data + i, span, s1.data()); });
       fold_columns(blocks, b, s1.data(), sum.data());
       for (int64_t p = 0; p < b.planes; ++p)
         for (int64_t i = 0; i < width; i += blocks.per_plane)
@@ -221,9 +220,8 @@ struct CpuKernels {
             shift[p * width + i + c] = static_cast<acc>(sum[p * blocks.per_plane + c] / values);
       s1.assign(columns, 0);
       s2.assign(columns, 0);
-      blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
-        const int64_t column = (p - b.plane) * width;
-        loops.moments(y_data + i, n, width, shift.data() + column, s1.data() + column, s2.data() + column);
+      blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t) {
+        loops.moments(y_data + i, span, shift.data(), s1.data(), s2.data());
       });
       fold_columns(blocks, b, s1.data(), sum.data());
       fold_columns(blocks, b, s2.data(), square.data());
@@ -263,9 +261,9 @@ struct CpuKernels {
       const scalar_t *y = data<scalar_t>(bn.y), *residual = data<scalar_t>(bn.residual);
       scalar_t* o = mutable_data<scalar_t>(out);
       blocks.parallel_for_each([&](const Blocks::Block& b, int64_t) {
-        blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
+        blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t p) {
           loop({y + i, at_offset(residual, i), o + i, mean.of(p), scale.of(p), bias.of(p), static_cast<acc>(bn.slope)},
-               n, blocks.width);
+               span);
         });
       });
     });
@@ -314,11 +312,11 @@ struct CpuKernels {
         thread_local std::vector<acc> g, gd;
         g.assign(b.planes * width, 0);
         gd.assign(b.planes * width, 0);
-        blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
+        blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t p) {
           auto args = columns.args(i, p);
-          args.sum_g = g.data() + (p - b.plane) * width;
-          args.sum_gd = gd.data() + (p - b.plane) * width;
-          loop(args, n, width);
+          args.sum_g = g.data();
+          args.sum_gd = gd.data();
+          loop(args, span);
         });
         fold_columns(blocks, b, g.data(), &block_g[index * stride]);
         fold_columns(blocks, b, gd.data(), &block_gd[index * stride]);
@@ -350,14 +348,14 @@ struct CpuKernels {
       const auto loop = loops.backward_apply[static_cast<int>(bn.activation)];
       scalar_t *dy = mutable_data<scalar_t>(grad_y), *dr = mutable_data<scalar_t>(grad_residual);
       blocks.parallel_for_each([&](const Blocks::Block& b, int64_t) {
-        blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
+        blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t p) {
           auto args = columns.args(i, p);
           args.a = a_columns.of(p);
           args.b = b_columns.of(p);
           args.c = c_columns.of(p);
           args.grad_y = dy + i;
           args.grad_residual = at_offset(dr, i);
-          loop(args, n, blocks.width);
+          loop(args, span);
         });
       });
     });
@@ -374,10 +372,10 @@ struct CpuKernels {
       const scalar_t *o = data<scalar_t>(out), *residual = data<scalar_t>(bn.residual);
       scalar_t* y_data = mutable_data<scalar_t>(y);
       blocks.parallel_for_each([&](const Blocks::Block& b, int64_t) {
-        blocks.for_each_run(b, [&](int64_t i, int64_t n, int64_t p) {
+        blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t p) {
           loops.invert({o + i, at_offset(residual, i), y_data + i, mean.of(p), inverse_scale.of(p), bias.of(p),
                         static_cast<acc>(inverse_slope)},
-                       n, blocks.width);
+                       span);
         });
       });
     });

@@ -83,8 +83,9 @@ cuda: $(CUDA_VENV)/.ready  ## the CUDA build: four architectures, linked, its ma
 	  cd $(CUDA_TREE) && CUDA_HOME=$$home TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)' $(CUDA_BIN)/python setup.py --quiet build_ext --inplace
 	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m pytest --ignore=tests/simt
 
-bench: build  ## timings against torch, as CSV and pictures in out/bench
+bench: build  ## timings against torch, SciPy and PETSc, as CSV and pictures in out/bench
 	$(PY) bench/bench_conv_bn.py --out out/bench
+	$(PY) bench/bench_solve.py --out out/bench
 
 lint: venv  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

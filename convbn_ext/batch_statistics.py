@@ -48,7 +48,7 @@ def live_statistics(bn: Any, x: Tensor, rtol: float) -> LiveStatistics:
     given = x.double()
     axes = [0, *range(2, x.dim())]
     C = x.shape[1]
-    beta = given.new_zeros(C) if bn.bias is None else bn.bias.double()
+    beta = given.new_zeros(C) if bn.bias is None else bn.bias.detach().double()
     gamma = given.new_ones(C) if bn.weight is None else bn.weight.double()
     mean = given.mean(axes)
     v = given.var(axes, correction=0) / gamma**2

@@ -189,6 +189,18 @@ def test_activation_residual_layout(activation, residual, layout, dtype, trainin
     assert case.ours(dtype, memory_format)[0].is_contiguous(memory_format=memory_format)
 
 
+@cases
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_inference_folds_as_accurately(name, activation, dtype):
+    """Without gradients the statistics are folded into the weights: another path to the same numbers."""
+    shape, weight, geometry = CASES[name]
+    case = Case(shape, weight, training=False, activation=activation, residual=True, bias=True, **geometry)
+    with torch.no_grad():
+        exact, theirs, ours = case.eager(torch.float64)[0], case.eager(dtype)[0], case.ours(dtype)[0]
+    assert_as_accurate(ours, theirs, exact, dtype, "out")
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_shape(data):

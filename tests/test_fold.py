@@ -52,6 +52,20 @@ def test_folded_equals_eval(name, bias, affine):
     assert all(torch.equal(v, before[k]) for k, v in conv.state_dict().items())
 
 
+def test_eval_equals_folded():
+    """One layer three ways: fused with gradients, fused without (folded on the fly), and folded once."""
+    torch.manual_seed(0)
+    layer = cb.ConvBN2d(6, 4, 3, padding=1, groups=2).double()
+    layer(torch.randn(8, 6, 9, 9, dtype=torch.float64))  # moves the running statistics
+    layer.eval()
+    x = torch.randn(2, 6, 7, 8, dtype=torch.float64)
+    with_gradients = layer(x)
+    assert with_gradients.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), with_gradients)
+        torch.testing.assert_close(cb.fold(layer.conv, layer.bn)(x), with_gradients)
+
+
 def test_zero_gamma_folds_to_a_constant():
     bn = nn.BatchNorm2d(4).eval()
     nn.init.zeros_(bn.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -127,10 +128,13 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Ten
     through_activation = needs_residual and activation != "identity"
     frozen_bias = needs_bias and not ctx.training
     mask = [needs_input, needs_weight, needs_bn_weight, needs_bn_bias or frozen_bias, through_activation]
-    grads = torch.ops.convbn_ext.conv_bn_backward(
-        grad_out, input, weight, y, mean, var, bn_weight, bn_bias, residual, out, ctx.training, ctx.memory,
-        *shape, eps, activation, slope, mask,
-    )  # fmt: skip
+    # without create_graph nothing differentiates this call, and the autograd layer would only cost time
+    below = contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
+    with below:
+        grads = torch.ops.convbn_ext.conv_bn_backward(
+            grad_out, input, weight, y, mean, var, bn_weight, bn_bias, residual, out, ctx.training, ctx.memory,
+            *shape, eps, activation, slope, mask,
+        )  # fmt: skip
     grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_residual = (
         g if wanted else None for g, wanted in zip(grads, mask, strict=True)
     )

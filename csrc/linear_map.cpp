@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "convolution.h"
+#include "stencil.h"
 
 namespace convbn {
 
@@ -40,7 +41,9 @@ struct ConvMap final : LinearMap {
 
   Tensor apply(const Tensor& v) const override {
     const at::NoGradGuard no_grad;
-    return convolve(v.reshape(input_sizes_), weight_.to(v.scalar_type()), geometry_).flatten(1);
+    const Tensor input = v.reshape(input_sizes_), weight = weight_.to(v.scalar_type());
+    const bool stencil = stencil_applies(input, weight, geometry_);
+    return (stencil ? stencil_convolve : convolve)(input, weight, geometry_).flatten(1);
   }
 
   Tensor apply_adjoint(const Tensor& u) const override {

@@ -11,6 +11,7 @@ from layers import MODES, random_bn, random_layer
 from torch import nn
 
 import convbn_ext as cb
+from convbn_ext import _C
 from convbn_ext.errors import forward
 
 
@@ -259,3 +260,22 @@ def test_errors_in_three_norms():
         cb.errors(z_true, z[:1], x, conv, bn)
     with pytest.raises(ValueError, match=r"x must have shape \(2, 3, 6, 6\)"):
         cb.errors(z_true, z, x[:, :2], conv, bn)
+
+
+@pytest.mark.parametrize(("C", "groups"), [(3, 1), (4, 2)])
+@pytest.mark.parametrize("spatial", [(1,), (45,), (3, 7), (4, 31), (2, 40), (3, 4, 70)])
+def test_float64_convolution_of_few_channels(spatial, C, groups):
+    """Our own loop: widths of 4, 2, 1 registers and a rest in all combinations, by the definition of a convolution."""
+    axes = len(spatial)
+    torch.manual_seed(0)
+    weight = torch.randn(2 * C, C // groups, *[3] * axes, dtype=torch.float64)
+    assert weight[0].numel() <= 96  # more taps are torch's
+    z = torch.randn(3, C, *spatial, dtype=torch.float64)
+    map = _C.ConvMap(weight, [1] * axes, [2, 1] * axes, [1] * axes, groups, "zeros", list(spatial))
+    windows = torch.nn.functional.pad(z, [2, 1] * axes)
+    for axis in range(2, axes + 2):
+        windows = windows.unfold(axis, 3, 1)
+    windows = windows.unflatten(1, (groups, -1)).flatten(-axes).movedim(2, -2).flatten(-2)  # (N, groups, *out, taps)
+    exact = torch.einsum("ng...t,gct->ngc...", windows, weight.reshape(groups, 2 * C // groups, -1)).flatten(1)
+    rounding = 64 * torch.finfo(torch.float64).eps * float(weight.abs().flatten(1).sum(1).max() * z.abs().max())
+    assert (map.apply(z.flatten(1)) - exact).abs().max() <= rounding

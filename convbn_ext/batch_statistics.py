@@ -60,9 +60,9 @@ def live_statistics(bn: Any, x: Tensor, rtol: float) -> LiveStatistics:
         if gamma[c] == 0:
             continue  # singular, which is reported as such
         if abs(mean[c] - beta[c]) > tolerance * rms[c]:
-            inconsistent[c] = f"channel {c}: mean(x) = {float(mean[c]):.6g}, but β = {float(beta[c]):.6g}"
+            inconsistent[c] = f"channel {c}: mean(x) = {float(mean[c].detach()):.6g}, but β = {float(beta[c]):.6g}"
         elif v[c] >= 1 + tolerance:
-            inconsistent[c] = f"channel {c}: var((x − β)/γ) = {float(v[c]):.6g} is not below 1"
+            inconsistent[c] = f"channel {c}: var((x − β)/γ) = {float(v[c].detach()):.6g} is not below 1"
     # where rounding of x hides 1 − v, any σ² ≫ ε gives this x: the largest that can be told apart is taken
     var = bn.eps * v / (1 - v).clamp_min(4 * rounding)
     var = torch.where(gamma == 0, torch.ones_like(var), var)

@@ -77,12 +77,21 @@ def _block_positions(
     return place, tap, identity
 
 
+@lru_cache(maxsize=8)
+def _dense_positions(
+    geometry: Geometry, shape: tuple[int, ...], weight_shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """For every product of the convolution its place in the square matrix and its weight."""
+    row, column, tap = stencil_entries(geometry, shape, weight_shape)
+    return row * math.prod(shape) + column, tap
+
+
 def factorise(op: ConvBNOperator, layout: Layout, dtype: torch.dtype) -> _C.BlockTridiagonalMap | None:
     """M ≈ W⁻¹ in the given dtype; None when a pivot block is singular."""
     weight, n = op.weight.to(dtype), op.shape[1]
     if layout.groups == 1:
-        row, column, tap = (t.to(op.device) for t in stencil_entries(op.geometry, op.input_shape, weight.shape))
-        dense = weight.new_zeros(n * n).index_add_(0, row * n + column, weight.flatten()[tap]).reshape(1, n, n)
+        place, tap = (t.to(op.device) for t in _dense_positions(op.geometry, op.input_shape, tuple(weight.shape)))
+        dense = weight.new_zeros(n * n).index_add_(0, place, weight.flatten()[tap]).reshape(1, n, n)
         empty = dense.new_empty(0)
         result = _C.BlockTridiagonalMap(empty, dense, empty, (1, n), 0, n)
         return result if result.finite else None

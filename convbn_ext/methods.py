@@ -159,21 +159,25 @@ def refine(
     residual = rhs.clone() if z0 is None else rhs - A.apply(z)
     norm = torch.linalg.vector_norm(residual, dim=1)
     scale = torch.where(target.scale > 0, target.scale, 1)
-    history = [[float(v)] for v in norm / scale]
+    history = [[v] for v in (norm / scale).tolist()]
     active = (norm > target.norm).nonzero().flatten()
     slow: list[Tensor] = []
     while len(active):
-        unit = norm[active, None]  # rows of norm one: the scale of x must not matter in float32
-        step = M.apply((system.left * residual[active] / unit).to(options.dtype)).to(rhs.dtype) * unit
-        new_z = z[active] + step
-        new_residual = rhs[active] - A.apply(new_z)
+        part = active if len(active) < B else slice(None)  # no copies while every row is active
+        unit = norm[part, None]  # rows of norm one: the scale of x must not matter in float32
+        step = M.apply((system.left * residual[part] / unit).to(options.dtype)).to(rhs.dtype) * unit
+        new_z = z[part] + step
+        new_residual = rhs[part] - A.apply(new_z)
         new_norm = torch.linalg.vector_norm(new_residual, dim=1)
-        better = new_norm < norm[active]
-        fast = new_norm * _GAIN < norm[active]
-        kept = active[better]
-        z[kept], residual[kept], norm[kept] = new_z[better], new_residual[better], new_norm[better]
-        for row in active.tolist():
-            history[row].append(float(norm[row] / scale[row]))
+        better = new_norm < norm[part]
+        fast = new_norm * _GAIN < norm[part]
+        if len(active) == B and bool(better.all()):
+            z, residual, norm = new_z, new_residual, new_norm
+        else:
+            kept = active[better]
+            z[kept], residual[kept], norm[kept] = new_z[better], new_residual[better], new_norm[better]
+        for row, value in zip(active.tolist(), (norm / scale)[active].tolist(), strict=True):
+            history[row].append(value)
         if options.on_step is not None:
             options.on_step(slice(0, B), (norm / scale).cpu())
         open_rows = norm[active] > target.norm[active]

@@ -83,6 +83,17 @@ cuda: $(CUDA_VENV)/.ready  ## the CUDA build: four architectures, linked, its ma
 	  cd $(CUDA_TREE) && CUDA_HOME=$$home TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)' $(CUDA_BIN)/python setup.py --quiet build_ext --inplace
 	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m pytest --ignore=tests/simt
 
+ASAN_TREE := build/asan
+ASAN_TESTS := $(foreach t,conv_bn conv_bn_arguments modules gmres block_gmres krylov operator methods,tests/test_$t.py)
+
+# gradcheck and hypothesis visit the same loops thousands of times: the fixed lists are enough here
+asan: venv  ## the CPU extension and its tests under the address and undefined-behaviour sanitizers
+	mkdir -p $(ASAN_TREE) && cd $(ASAN_TREE) && rm -rf csrc convbn_ext tests
+	git ls-files --cached --others --exclude-standard | xargs -d '\n' ls -d 2>/dev/null | xargs -d '\n' cp -a --parents -t $(ASAN_TREE)
+	cd $(ASAN_TREE) && USE_CUDA=0 SANITIZE=address,undefined $(abspath $(PY)) setup.py --quiet build_ext --inplace
+	cd $(ASAN_TREE) && LD_PRELOAD="$(LIBASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(abspath $(PY)) -m pytest $(ASAN_TESTS) -k "not gradcheck and not any_shape and not compile and not opcheck"
+
 bench: build  ## timings against torch, SciPy and PETSc, as CSV and pictures in out/bench
 	$(PY) bench/bench_conv_bn.py --out out/bench
 	$(PY) bench/bench_solve.py --out out/bench

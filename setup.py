@@ -3,6 +3,7 @@
 Environment:
     USE_CUDA=0   leave the CUDA kernels out although torch has CUDA
     DEBUG=1      -O0 -g and assertions
+    SANITIZE=x   -O1 -g -fsanitize=x, for example address,undefined (`make asan` builds and runs that)
     MAX_JOBS=n   compiler processes at once
 """
 
@@ -30,6 +31,7 @@ except ModuleNotFoundError as error:
 
 ROOT = Path(__file__).parent.resolve()
 DEBUG = os.environ.get("DEBUG", "0") == "1"
+SANITIZE = os.environ.get("SANITIZE", "")
 MIN_TORCH = (2, 10)
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
@@ -72,10 +74,14 @@ def extension(with_cuda: bool):
     already brings one, and the loader resolves GOMP_* from it.
     """
     openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
-    cxx = ["-std=c++20", *(["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]), *openmp, "-Wall", "-Wno-psabi"]
+    optimize = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]
+    if SANITIZE:  # torch's own classes carry no type information for vptr
+        optimize = ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr"]
+    cxx = ["-std=c++20", *optimize, *openmp, "-Wall", "-Wno-psabi"]
     options = {
         "include_dirs": [str(ROOT / "csrc")],
         "extra_compile_args": {"cxx": cxx},
+        "extra_link_args": [f"-fsanitize={SANITIZE}"] if SANITIZE else [],
     }
     if not with_cuda:
         return cpp_extension.CppExtension("convbn_ext._C", sources(False), **options)
@@ -95,8 +101,9 @@ class Build(cpp_extension.BuildExtension):
     """BuildExtension that also writes down which torch the library was built against."""
 
     def run(self):
+        kind = f"sanitize-{SANITIZE}" if SANITIZE else "debug" if DEBUG else "release"
         # object files stay, also after an editable install: only what changed is compiled again
-        self.build_temp = str(ROOT / "build" / f"temp-{torch.__version__}-{'debug' if DEBUG else 'release'}")
+        self.build_temp = str(ROOT / "build" / f"temp-{torch.__version__}-{kind}")
         super().run()
         target = Path(self.get_ext_fullpath("convbn_ext._C")).with_name("_build_info.py")
         target.parent.mkdir(parents=True, exist_ok=True)

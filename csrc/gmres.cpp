@@ -99,12 +99,7 @@ class Gmres final : public RestartLoop {
     s.singular = hessenberg.singular();
     s.history.push_back(estimate);
     ++s.iterations;
-    if (exhausted)
-      s.end = End::exhausted;
-    else if (estimate <= cycle_target(s))
-      s.end = End::claimed;
-    else if (s.iterations == options_.maxiter)
-      s.end = End::maxiter;
+    s.end = end_of_step(exhausted, estimate, cycle_target(s), s.iterations == options_.maxiter);
     return s.end == End::restart;
   }
 

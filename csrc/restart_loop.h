@@ -10,18 +10,14 @@
 #include <utility>
 #include <vector>
 
+#include "arnoldi.h"
 #include "gmres.h"
 #include "krylov.h"
 
 namespace convbn {
 
-// What rounding leaves of a vector that lies in the span of the basis, in units of eps·‖w‖.
-inline constexpr double kNoise = 8;
 // A cycle that the recurrence ended must lower the true residual to this part, else rounding has taken over.
 inline constexpr double kClaimMustHold = 0.5;
-
-// Why a system left its cycle.
-enum class End { restart, claimed, exhausted, maxiter, nonfinite };
 
 struct System {
   int64_t row;          // in b

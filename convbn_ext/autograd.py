@@ -1,8 +1,10 @@
-"""What torch.library needs to know of the fused operators: shapes without data, first and second derivatives."""
+"""What torch.library needs to know of the fused operators: shapes without data, and second derivatives.
+
+First derivatives are a node of the autograd graph in C++ (csrc/conv_bn_autograd.cpp).
+"""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ---- torch.library: shapes without data, and gradients ----
+# ---- shapes without data ----
 
 
 @torch.library.register_fake("convbn_ext::conv_bn_forward")
@@ -90,70 +92,17 @@ def _backward_fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep x, w, y and per-channel vectors; with residual and activation also out (or the residual itself)."""
-    input, weight, bias, bn_weight, bn_bias, residual, _, _, training, memory, *rest = inputs
-    out, y, mean, var = output
-    activation, slope = rest[-2:]
-    ctx.mark_non_differentiable(y, mean, var)
-    ctx.set_materialize_grads(False)
-    sign_in_out = activation == "relu" or (activation == "leaky_relu" and slope > 0)
-    needs_sign = residual is not None and activation != "identity"
-    invert = memory == "invert"
-    ctx.save_for_backward(
-        input,
-        weight,
-        y if memory == "save" else None,
-        mean,
-        var,
-        bn_weight,
-        bn_bias,
-        residual if invert or (needs_sign and not sign_in_out) else None,
-        out if invert or (needs_sign and sign_in_out) else None,
-        None if training else bias,
-    )
-    ctx.training, ctx.memory, ctx.rest, ctx.has_bias = training, memory, rest, bias is not None
-    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    count = 18  # arguments of conv_bn_forward
-    if grad_out is None:
-        return (None,) * count
-    needs_input, needs_weight, needs_bias, needs_bn_weight, needs_bn_bias, needs_residual = ctx.needs_input_grad[:6]
-    input, weight, y, mean, var, bn_weight, bn_bias, residual, out, bias = ctx.saved_tensors
-    *shape, eps, activation, slope = ctx.rest
-    if bias is not None:  # μ = running_mean − bias, as a function of bias for the second derivatives
-        mean = mean + (bias.detach() - bias)
-    through_activation = needs_residual and activation != "identity"
-    frozen_bias = needs_bias and not ctx.training
-    mask = [needs_input, needs_weight, needs_bn_weight, needs_bn_bias or frozen_bias, through_activation]
-    # without create_graph nothing differentiates this call, and the autograd layer would only cost time
-    below = contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()
-    with below:
-        grads = torch.ops.convbn_ext.conv_bn_backward(
-            grad_out, input, weight, y, mean, var, bn_weight, bn_bias, residual, out, ctx.training, ctx.memory,
-            *shape, eps, activation, slope, mask,
-        )  # fmt: skip
-    grad_input, grad_weight, grad_bn_weight, grad_bn_bias, grad_residual = (
-        g if wanted else None for g, wanted in zip(grads, mask, strict=True)
-    )
-    grad_bias = None
-    if needs_bias:
-        bias_shape, bias_dtype = ctx.bias_like
-        if ctx.training:  # the mean takes it away again
-            grad_bias = weight.new_zeros(bias_shape, dtype=bias_dtype)
-        else:
-            scale = torch.rsqrt(var + eps) * (1 if bn_weight is None else bn_weight)
-            grad_bias = (scale * grads[3]).to(bias_dtype)
-    if needs_residual and not through_activation:
-        grad_residual = grad_out
-    grad_bn_bias = grad_bn_bias if needs_bn_bias else None
-    gradients = (grad_input, grad_weight, grad_bias, grad_bn_weight, grad_bn_bias, grad_residual)
-    return gradients + (None,) * (count - len(gradients))
-
-
-torch.library.register_autograd("convbn_ext::conv_bn_forward", _backward, setup_context=_setup_context)
+@torch.library.register_fake("convbn_ext::update_running_statistics")
+def _update_fake(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    bias: Tensor | None,
+    count: int,
+    momentum: float,
+) -> None:
+    pass
 
 
 # ---- second derivatives: the gradient of the gradient of the same formula in torch's own operators ----

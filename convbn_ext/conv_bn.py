@@ -203,25 +203,9 @@ def conv_bn(
         eps,
         *act,
     )
-    if training:
-        _update_running(running_mean, running_var, bias, mean, var, out, momentum)
-    return out
-
-
-@torch.no_grad()
-def _update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    out: Tensor,
-    momentum: float,
-) -> None:
-    """Running ← (1 − momentum)·running + momentum·batch, with the unbiased variance."""
-    if running_mean is not None:
-        batch_mean = mean if bias is None else mean + bias
-        running_mean.lerp_(batch_mean.to(running_mean.dtype), momentum)
-    if running_var is not None:
+    if training and not (running_mean is None and running_var is None):
         count = out.numel() // out.shape[1]
-        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        torch.ops.convbn_ext.update_running_statistics(
+            running_mean, running_var, mean, var, None if bias is None else bias.detach(), count, momentum
+        )
+    return out

@@ -67,6 +67,7 @@ struct BnBackward : BnForward {
 //   static std::tuple<Tensor, Tensor> backward_reduce(const BnBackward&);                 // Σg, Σg·(y − μ), float64
 //   static void backward_apply(const BnBackward&, const Tensor& a, const Tensor& b, const Tensor& c,
 //                              const Tensor& grad_y, const Tensor& grad_residual);        // dy = a·g + b·(y − μ) + c
+//                              // grad_y may be y
 //   static Tensor invert(const BnForward&, const Tensor& out);                            // y from out
 // };
 
@@ -75,6 +76,21 @@ at::Tensor bn_shift(const at::Tensor& mean, const OptionalTensor& bn_bias);
 at::Tensor like_layout(const at::Tensor& tensor, const at::Tensor& y);  // tensor with y's strides
 at::Tensor dense(const at::Tensor& y);                                  // y, contiguous or channels_last
 void check_invertible(const ConvBnOptions& options, const at::Tensor& scale);
+
+// The two operators as the dispatcher calls them.
+using ConvBnForwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
+    const OptionalTensor& bn_bias, const OptionalTensor& residual, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, bool training, std::string_view memory, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view padding_mode, double eps,
+    std::string_view activation, double slope);
+using ConvBnBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& y,
+    const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+    const OptionalTensor& residual, const OptionalTensor& out, bool training, std::string_view memory,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    std::string_view padding_mode, double eps, std::string_view activation, double slope,
+    std::array<bool, 5> output_mask);
 
 // Returns (out, y, mean, var). memory says what the backward pass will start from; y is empty unless it is "save".
 // With "none" and frozen statistics these are folded into the weights.
@@ -129,7 +145,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_forward(
 
 // Returns the gradients of (input, weight, bn_weight, bn_bias, residual); those not in output_mask are empty.
 // memory says where y comes from: save (given), recompute (convolve again), invert (from out).
-template <class Kernels>
+// With overwrite_y, dy takes the place of a given y, which is lost (conv_bn_backward_).
+template <class Kernels, bool overwrite_y = false>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& y,
     const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
@@ -183,7 +200,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
       b = bn.scale * invstd * invstd * sum_gd * (-1 / m);
       c = bn.scale * sum_g * (-1 / m);
     }
-    const at::Tensor grad_y = at::empty_like(bn.y);
+    const at::Tensor grad_y = bn.y.is_same(y.value_or(at::Tensor())) && !overwrite_y ? at::empty_like(bn.y) : bn.y;
     if (needs_residual) grad_residual = at::empty_like(bn.y);
     Kernels::backward_apply(bn, bn.scale, b, c, grad_y, needs_residual ? grad_residual : at::Tensor());
     if (needs_convolution) {

@@ -22,6 +22,15 @@ TORCH_LIBRARY(convbn_ext, m) {
       "int[] padding, int[] dilation, int groups, str padding_mode, float eps, str activation, float slope, "
       "bool[5] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bn_weight, Tensor grad_bn_bias, "
       "Tensor grad_residual)");
+  m.def(
+      "conv_bn_backward_(Tensor grad_output, Tensor input, Tensor weight, Tensor(a!)? y, Tensor mean, Tensor var, "
+      "Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, Tensor? out, bool training, str memory, int[] stride, "
+      "int[] padding, int[] dilation, int groups, str padding_mode, float eps, str activation, float slope, "
+      "bool[5] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bn_weight, Tensor grad_bn_bias, "
+      "Tensor grad_residual)");
+  m.def(
+      "update_running_statistics(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor mean, Tensor var, "
+      "Tensor? bias, SymInt count, float momentum) -> ()");
   // krylov.h
   m.def("krylov_orthonormalize(Tensor(a!)[] V, Tensor rows, int k, Tensor w) -> Tensor");
   m.def("krylov_combine(Tensor[] V, Tensor rows, Tensor y) -> Tensor");

@@ -139,8 +139,12 @@ class Case:
     def check_equal_to_torch(self):
         """In float64, to rounding; absolute, since 1x1 one-channel layers have gradients that cancel to nothing."""
         theirs, ours = self.eager(torch.float64), self.ours(torch.float64)
+        activation, self.activation = self.activation, "identity"
+        v = self.eager(torch.float64)[0].detach().abs()
+        self.activation = activation
+        smooth = (v > 1e-9) & ((v - 3).abs() > 1e-9)  # on a kink (0, ±3 for hardswish) both sides' slopes are right
         for result in (theirs, ours):
-            result[0].backward(self.grad)
+            result[0].backward(self.grad * smooth)
         pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, torch.Tensor)]
         pairs += [(leaf.grad, theirs[1][name].grad) for name, leaf in ours[1].items() if leaf is not None]
         for a, b in pairs:

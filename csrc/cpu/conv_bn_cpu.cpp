@@ -388,6 +388,7 @@ struct CpuKernels {
 TORCH_LIBRARY_IMPL(convbn_ext, CPU, m) {
   m.impl("conv_bn_forward", &conv_bn_forward<CpuKernels>);
   m.impl("conv_bn_backward", &conv_bn_backward<CpuKernels>);
+  m.impl("conv_bn_backward_", &conv_bn_backward<CpuKernels, /*overwrite_y=*/true>);
 }
 
 }  // namespace convbn

@@ -61,7 +61,7 @@ simt: venv $(BOOST)  ## the CUDA kernels executed on the CPU: values, races, bou
 
 # The CUDA build needs no GPU: compiled for every architecture, linked, inspected and imported here, in a tree of its own so
 # that .venv keeps its library. nvcc comes from PATH, /usr/local/cuda or PyPI; everything else from the CUDA build of torch.
-CUDA_TORCH ?= torch==2.14.1
+CUDA_TORCH ?= torch==2.14.1 torchvision==0.29.1
 CUDA_VENV := .venv-cuda
 CUDA_BIN := $(abspath $(CUDA_VENV))/bin
 CUDA_TREE := build/cuda

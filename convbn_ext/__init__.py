@@ -8,6 +8,7 @@ from ._version import __version__  # noqa: E402
 from .conv_bn import conv_bn  # noqa: E402
 from .errors import errors  # noqa: E402
 from .fold import fold  # noqa: E402
+from .fuse import FusionReport, fuse, unfuse  # noqa: E402
 from .gmres import gmres  # noqa: E402
 from .invert import ConvergenceError, invert  # noqa: E402
 from .modules import ConvBN1d, ConvBN2d, ConvBN3d, LinearBN  # noqa: E402
@@ -21,15 +22,18 @@ __all__ = [
     "ConvBN3d",
     "ConvBNOperator",
     "ConvergenceError",
+    "FusionReport",
     "LinearBN",
     "SolveResult",
     "__version__",
     "conv_bn",
     "errors",
     "fold",
+    "fuse",
     "gmres",
     "invert",
     "receptive_field",
     "receptive_field_of",
     "solve",
+    "unfuse",
 ]

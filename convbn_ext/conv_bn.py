@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import autograd  # noqa: F401  (registers shapes and gradients of the operators)
@@ -50,6 +51,25 @@ def parse_activation(activation: str | nn.Module | None) -> Activation:
     raise ValueError(
         f"conv_bn: activation must be one of {', '.join(_ACTIVATIONS)} or leaky_relu(slope), got {activation!r}"
     )
+
+
+def activation_module(activation: str | nn.Module | None) -> nn.Module:
+    """The activation as torch's own module."""
+    if isinstance(activation, nn.Module):
+        return activation
+    name, slope = parse_activation(activation)
+    if name == "leaky_relu":
+        return nn.LeakyReLU(slope)
+    names = {"identity": "Identity", "relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "hardswish": "Hardswish"}
+    return getattr(nn, names[name])()
+
+
+def apply_activation(v: Tensor, activation: str | nn.Module | None) -> Tensor:
+    """The activation in torch's own operators."""
+    name, slope = parse_activation(activation)
+    if name == "leaky_relu":
+        return F.leaky_relu(v, slope)
+    return v if name == "identity" else getattr(F, name)(v)
 
 
 def _per_axis(value: int | Sequence[int], name: str, axes: int) -> tuple[int, ...]:

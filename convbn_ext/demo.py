@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import errors
-from .modules import ConvBN2d
+from .fuse import fuse
 from .solve import SolveResult, solve
 
 HELD_OUT = 450  # of the 1797 digits
@@ -65,18 +65,6 @@ def network() -> nn.Sequential:
     for c_in, c_out, stride in ((1, 16, 1), (16, 32, 2), (32, 64, 1)):
         layers += [nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1), nn.BatchNorm2d(c_out), nn.SiLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
-def with_convbn(model: nn.Sequential) -> nn.Sequential:
-    """The same model, Conv, BN and SiLU fused into one ConvBN2d; parameters are copies."""
-    layers, rest = [], list(copy.deepcopy(model))
-    while rest:
-        layer = rest.pop(0)
-        if isinstance(layer, nn.Conv2d):
-            layer = ConvBN2d.from_modules(layer, rest.pop(0), activation="silu")
-            rest.pop(0)
-        layers.append(layer)
-    return nn.Sequential(*layers)
 
 
 @dataclass
@@ -135,7 +123,7 @@ def digits(epochs: int, seed: int) -> dict[str, Training]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     start = network()
-    models = {"torch": copy.deepcopy(start), "convbn": with_convbn(start)}
+    models = {"torch": copy.deepcopy(start), "convbn": fuse(start)}
     for model in models.values():  # the first calls load libraries and fill caches
         copy.deepcopy(model)(images[:BATCH]).sum().backward()
     trained = {name: train(model, data, epochs, seed, name) for name, model in models.items()}

@@ -2,20 +2,127 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .conv_bn import conv_bn, parse_activation
+from .conv_bn import activation_module, apply_activation, conv_bn, parse_activation
+from .geometry import Geometry
 
-_PAIRS: dict[type[Any], type[Any]] = {
+PAIRS: dict[type[Any], type[Any]] = {
     nn.Linear: nn.BatchNorm1d,
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
 }
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish)
+
+
+def fused_call(
+    conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str | nn.Module | None, memory: str
+) -> Tensor:
+    """act(bn(conv(input)) + residual) in one operator, with the running statistics updated once in training mode."""
+    counts = bn.training and bn.track_running_stats
+    momentum = bn.momentum
+    if momentum is None:  # cumulative average
+        momentum = 1.0 / float(bn.num_batches_tracked + 1) if counts else 0.0
+    shape: dict[str, Any] = {}
+    if not isinstance(conv, nn.Linear):
+        shape = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+    updates = counts or not bn.training
+    out = conv_bn(
+        input,
+        conv.weight,
+        conv.bias,
+        bn_weight=bn.weight,
+        bn_bias=bn.bias,
+        running_mean=bn.running_mean if updates else None,
+        running_var=bn.running_var if updates else None,
+        training=bn.training or bn.running_mean is None,
+        momentum=momentum,
+        eps=bn.eps,
+        activation=activation,
+        residual=residual,
+        memory=memory,
+        **shape,
+    )
+    if counts:
+        bn.num_batches_tracked.add_(1)
+    return out
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches the module's calls, and would miss them."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def plain_class(module: nn.Module) -> Any:
+    """The module's class, without what :func:`fuse` made of it."""
+    return getattr(type(module), "_plain_class", type(module))
+
+
+def computes_as(module: nn.Module, kind: type[Any]) -> bool:
+    """Whether a module computes what torch's class does, subclass or not."""
+    cls = plain_class(module)
+    same = all(getattr(cls, name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+    return same and isinstance(module, kind)
+
+
+def is_convolution(module: nn.Module | None) -> bool:
+    """An nn.Linear, nn.Conv or nn.ConvTranspose, also as a subclass with another forward."""
+    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+
+
+def is_batch_norm(module: nn.Module | None) -> bool:
+    """An nn.BatchNorm, also as a subclass with another forward."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """An activation module that the fused operator has."""
+    return plain_class(module) in _ACTIVATIONS and getattr(module, "approximate", "none") == "none"
+
+
+def call_is_fused(
+    conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str | nn.Module | None
+) -> bool:
+    """Whether the call is still one that the operator computes: modules may have been exchanged, hooks added."""
+    norm = next((norm for kind, norm in PAIRS.items() if computes_as(conv, kind)), None)
+    if norm is None or not computes_as(bn, norm) or has_hooks(conv) or has_hooks(bn):
+        return False
+    if isinstance(activation, nn.Module) and (not is_activation(activation) or has_hooks(activation)):
+        return False
+    if input.dim() != conv.weight.dim() or (residual is not None and residual.dtype != input.dtype):
+        return False
+    if residual is None:
+        return True
+    spatial = Geometry.of(conv, "fuse").output_size(input.shape[2:])
+    return tuple(residual.shape) == (input.shape[0], conv.weight.shape[0], *spatial)
+
+
+def call_conv_bn(
+    conv: Any,
+    bn: Any,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | nn.Module | None = None,
+    memory: str = "save",
+) -> Tensor:
+    """act(bn(conv(input)) + residual) for modules of a fused model: one operator, or the modules themselves.
+
+    The modules are called where the operator is not what they compute: somebody has hooked or exchanged one of them, or
+    the residual broadcasts.
+    """
+    if call_is_fused(conv, bn, input, residual, activation):
+        return fused_call(conv, bn, input, residual, activation, memory)
+    out = bn(conv(input))
+    out = out if residual is None else out + residual
+    return activation(out) if isinstance(activation, nn.Module) else apply_activation(out, activation)
 
 
 class _ConvBN(nn.Module):
@@ -48,7 +155,7 @@ class _ConvBN(nn.Module):
             TypeError: conv or bn is of another class.
             ValueError: bn's features are not conv's output channels, or an unknown activation.
         """
-        bn_type = _PAIRS[cls._conv_type]
+        bn_type = PAIRS[cls._conv_type]
         if not isinstance(conv, cls._conv_type):
             raise TypeError(f"{cls.__name__}: conv must be nn.{cls._conv_type.__name__}, got {type(conv).__name__}")
         if not isinstance(bn, bn_type):
@@ -70,33 +177,13 @@ class _ConvBN(nn.Module):
                 f"{type(self).__name__}: input must have {conv.weight.dim()} dimensions, "
                 f"a batch of {'vectors' if conv.weight.dim() == 2 else 'images'}, got shape {tuple(input.shape)}"
             )
-        counts = bn.training and bn.track_running_stats
-        momentum = bn.momentum
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / float(bn.num_batches_tracked + 1) if counts else 0.0
-        shape: dict[str, Any] = {}
-        if not isinstance(conv, nn.Linear):
-            shape = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-        updates = counts or not bn.training
-        out = conv_bn(
-            input,
-            conv.weight,
-            conv.bias,
-            bn_weight=bn.weight,
-            bn_bias=bn.bias,
-            running_mean=bn.running_mean if updates else None,
-            running_var=bn.running_var if updates else None,
-            training=bn.training or bn.running_mean is None,
-            momentum=momentum,
-            eps=bn.eps,
-            activation=self.activation,
-            residual=residual,
-            memory=self.memory,
-            **shape,
-        )
-        if counts and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
-            bn.num_batches_tracked.add_(1)  # a checkpoint's second pass, inside a backward pass, does not count
-        return out
+        return fused_call(conv, bn, input, residual, self.activation, self.memory)
+
+    def unfused(self) -> nn.Sequential:
+        """The same layer in torch's own modules: ``conv`` and ``bn``, shared, then ``act``."""
+        layer = nn.Sequential(OrderedDict(conv=self.conv, bn=self.bn, act=activation_module(self.activation)))
+        layer.training = self.training  # not train(): a frozen bn stays frozen
+        return layer
 
     def extra_repr(self) -> str:
         """Activation and memory mode."""
@@ -129,7 +216,7 @@ class _ConvBNd(_ConvBN):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
             device=device, dtype=dtype,
         )  # fmt: skip
-        bn = _PAIRS[self._conv_type](
+        bn = PAIRS[self._conv_type](
             out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         super().__init__(conv, bn, activation, memory)

@@ -11,6 +11,7 @@ from .fold import fold  # noqa: E402
 from .fuse import FusionReport, fuse, unfuse  # noqa: E402
 from .gmres import gmres  # noqa: E402
 from .invert import ConvergenceError, invert  # noqa: E402
+from .memory import release_memory  # noqa: E402
 from .modules import ConvBN1d, ConvBN2d, ConvBN3d, LinearBN  # noqa: E402
 from .operator import ConvBNOperator  # noqa: E402
 from .receptive_field import receptive_field, receptive_field_of  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "invert",
     "receptive_field",
     "receptive_field_of",
+    "release_memory",
     "solve",
     "unfuse",
 ]

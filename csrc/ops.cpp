@@ -2,6 +2,8 @@
 // The backends (cpu/, cuda/) register their own implementations.
 #include <torch/extension.h>
 
+#include "cpu/pool.h"
+
 namespace convbn {
 void bind_block_tridiagonal(pybind11::module_& m);  // block_tridiagonal.cpp
 void bind_gmres(pybind11::module_& m);              // gmres_bindings.cpp
@@ -44,6 +46,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
   m.attr("compiler") = "GCC " __VERSION__;
 #endif
+  m.def("pool_bytes", &convbn::pool_bytes);
+  m.def("release_memory", &convbn::pool_release);
   convbn::bind_linear_maps(m);
   convbn::bind_matrix_maps(m);
   convbn::bind_block_tridiagonal(m);

@@ -86,9 +86,10 @@ struct Hardswish {  // v·min(max(v + 3, 0), 6)/6
 template <int lanes, class F>
 CONVBN_INLINE void for_each_vector(const Span span, F f) {
   for (int64_t run = 0; run < span.runs; ++run) {
-    const int64_t end = (run + 1) * span.elements, first = run * span.width;
-    for (int64_t row = run * span.elements; row < end; row += span.width) {
-      const int64_t columns = span.width < end - row ? span.width : end - row;
+    const int64_t first = run * span.width;
+    int64_t row = run * span.elements;
+    for (int64_t left = span.elements; left > 0; left -= span.width, row += span.stride) {
+      const int64_t columns = span.width < left ? span.width : left;
       int64_t c = 0;
       for (; c + lanes <= columns; c += lanes) f(row + c, first + c, lanes);
       if (c < columns) f(row + c, first + c, int(columns - c));
@@ -101,18 +102,19 @@ template <typename scalar_t, class F>
 CONVBN_INLINE void accumulate_columns(const Span span, acc_t<scalar_t>* sum1, acc_t<scalar_t>* sum2, F f) {
   constexpr int lanes = kLanes<scalar_t>;
   constexpr int64_t kRows = 8;
-  const int64_t width = span.width;
+  const int64_t width = span.width, stride = span.stride;
   const auto columns = [=](int64_t i, int64_t rows, int64_t c, int k) __attribute__((always_inline)) {
     vec<scalar_t> s1 = load(sum1 + c, k), s2{};
     if (sum2) s2 = load(sum2 + c, k);
-    for (int64_t r = 0; r < rows; ++r) f(i + r * width, c, k, s1, s2);
+    for (int64_t r = 0; r < rows; ++r) f(i + r * stride, c, k, s1, s2);
     store(sum1 + c, s1, k);
     if (sum2) store(sum2 + c, s2, k);
   };
   for (int64_t run = 0; run < span.runs; ++run) {
-    const int64_t end = (run + 1) * span.elements, first = run * width;
-    for (int64_t row = run * span.elements; row < end;) {
-      const int64_t left = end - row, used = width < left ? width : left;
+    const int64_t first = run * width;
+    int64_t row = run * span.elements;
+    for (int64_t left = span.elements; left > 0;) {
+      const int64_t used = width < left ? width : left;
       const int64_t rows = kRows * width <= left ? kRows : width <= left ? left / width : 1;
       int64_t c = 0;
       if (rows == kRows)
@@ -120,7 +122,8 @@ CONVBN_INLINE void accumulate_columns(const Span span, acc_t<scalar_t>* sum1, ac
       else
         for (; c + lanes <= used; c += lanes) columns(row + c, rows, first + c, lanes);
       if (c < used) columns(row + c, rows, first + c, int(used - c));
-      row += rows * used;
+      row += rows * stride;
+      left -= rows * used;
     }
   }
 }

@@ -46,6 +46,24 @@ class BlockTridiagonalMap(LinearMap):
         self, lower: Tensor, diagonal: Tensor, upper: Tensor, shape: Sequence[int], axis: int, rows: int
     ) -> None: ...
 
+class BlockPlan:
+    def __init__(
+        self, row: Tensor, column: Tensor, tap: Tensor, outer: int, size: int, inner: int, rows: int
+    ) -> None: ...
+
+class BlockSolution:
+    z: Tensor
+    residual: Tensor
+    steps: Tensor
+    history: Tensor
+    met: Tensor
+    all_met: bool
+
+class BlockLU(LinearMap):
+    finite: bool
+    def __init__(self, plan: BlockPlan, weight: Tensor) -> None: ...
+    def solve(self, x: Tensor, scale: Tensor, offset: Tensor, rtol: float, atol: float) -> BlockSolution: ...
+
 class CallableMap(LinearMap):
     def __init__(
         self, apply: Callable[[Tensor], Tensor], apply_adjoint: Callable[[Tensor], Tensor] | None = None

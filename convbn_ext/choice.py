@@ -2,7 +2,7 @@
 
 Costs are seconds on an ordinary machine. Their ratios matter, not their values:
 
-    direct   factor_flops / GEMM + groups · CALL + B · (one step: 6 R m² flops / GEMM) · REFINEMENTS
+    direct   factor_flops / GEMM + groups · GROUP + B · (one step: 4 R m² flops / GEMM) · REFINEMENTS
     krylov   s · work of A and M + 4 s² n flops / GEMM + s / B · CALL,  s = border rank + 2 B vectors of a block method
 """
 
@@ -17,8 +17,9 @@ from .direct import FACTOR_BYTES, Layout, layouts
 from .operator import ConvBNOperator
 from .preconditioners import border_rank
 
-GEMM, STREAM, CALL = 3e10, 2e9, 1e-4  # flop/s in products, flop/s elsewhere, seconds per call
-REFINEMENTS = 2
+GEMM, STREAM = 3e10, 2e9  # flop/s in products, flop/s elsewhere
+CALL, GROUP = 1e-4, 5e-6  # seconds per Arnoldi step, per group of a factor
+REFINEMENTS = 1.5
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Choice:
 
 
 def _direct_seconds(layout: Layout, batch: int) -> float:
-    step = 2.0 * layout.numbers / GEMM
-    return layout.factor_flops / GEMM + layout.groups * CALL + REFINEMENTS * (batch * step + layout.groups * CALL / 4)
+    factor = layout.factor_flops / GEMM + layout.groups * GROUP
+    return factor + REFINEMENTS * (batch * layout.solve_flops / GEMM + layout.groups * GROUP)
 
 
 def _krylov_seconds(op: ConvBNOperator, batch: int) -> float:

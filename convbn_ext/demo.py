@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,7 +300,7 @@ def picture(
     plt.close(figure)
 
 
-def _residual_range(history: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _residual_range(history: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Smallest, median and largest residual per step; a sample that has finished keeps its last one."""
     length = max(map(len, history))
     curves = torch.stack([torch.cat([h, h[-1:].expand(length - len(h))]) for h in history])

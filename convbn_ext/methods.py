@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -56,6 +57,25 @@ class Outcome:
         part.iterations = part.iterations + self.iterations[rows.cpu()]
         part.history = [torch.cat([old, new[min(len(old), 1) :]]) for old, new in zip(past, part.history, strict=True)]
         self.put(rows, part)
+
+
+class Histories(Sequence[Tensor]):
+    """Histories of B rows, cut from a table (B, most steps + 1) when they are asked for."""
+
+    def __init__(self, table: Tensor, steps: Tensor) -> None:
+        self._table, self._steps = table, steps
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._table[index, : int(self._steps[index]) + 1]
 
 
 @dataclass(frozen=True)

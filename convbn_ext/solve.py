@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from .batch_statistics import LiveStatistics, forward_live, live_statistics
-from .choice import choose
+from .choice import Choice, choose
 from .geometry import Geometry
-from .methods import KrylovOptions, Outcome, Target
+from .methods import Histories, KrylovOptions, Outcome, Target
 from .operator import ConvBNOperator, Stats
 from .preconditioners import Correction
 from .progress import Progress
-from .run import run
+from .run import run, solve_at_once
 
 METHODS = ("auto", "fft", "direct", "gmres", "block_gmres", "lsq")
 PRECONDITIONERS = ("auto", "circulant", "row", "none")
@@ -45,11 +45,22 @@ class SolveResult:
     status: list[str]
     iterations: Tensor
     residual: Tensor
-    history: list[Tensor] = field(repr=False)
+    history: Sequence[Tensor] = field(repr=False)
     method: str
     preconditioner: str
     reason: str
     operator: ConvBNOperator = field(repr=False)
+
+    def _with_rows(self, rows: Tensor, other: SolveResult) -> SolveResult:
+        """This result with some rows from another one."""
+        status, history = list(self.status), list(self.history)
+        for i, row in enumerate(rows.tolist()):
+            status[row], history[row] = other.status[i], other.history[i]
+        parts = {
+            name: getattr(self, name).index_copy(0, rows, getattr(other, name))
+            for name in ("z", "iterations", "residual")
+        }
+        return replace(self, status=status, history=history, reason=other.reason, **parts)
 
     @property
     def converged(self) -> bool:
@@ -118,14 +129,58 @@ def solve(
     _check_options(method, preconditioner, rtol, atol, restart, maxiter)
     shape = _checked_tensors(conv, x, x0, input_shape)
     live: LiveStatistics | None = None
-    rows = x.flatten(1).isfinite().all(1).nonzero().flatten()
-    if isinstance(stats, str) and stats == "batch":
-        if len(rows) < len(x):  # the statistics are those of all samples
-            rows = rows[:0]
-        live = live_statistics(bn, x.detach() if len(rows) else torch.zeros_like(x), rtol)
+    if isinstance(stats, str) and stats == "batch":  # the statistics are those of all samples
+        live = live_statistics(bn, x.detach() if x.isfinite().all() else torch.zeros_like(x), rtol)
         stats = (live.mean, live.var)
     op = _operator(conv, bn, x, stats, shape)
     choice = choose(op, len(x), method, preconditioner if isinstance(preconditioner, str) else "callable")
+
+    def in_steps(x: Tensor) -> SolveResult:
+        options = (preconditioner, rtol, atol, restart, maxiter, x0, callback, progress)
+        return _solve_in_steps(conv, bn, x, op, choice, live, *options)
+
+    if live is not None or x0 is not None or callback is not None or progress or op.singular_channels:
+        return in_steps(x)
+    at_once = solve_at_once(op, choice, x, rtol, atol)
+    if at_once is None:
+        return in_steps(x)
+    result = SolveResult(
+        z=at_once.z.reshape(-1, *op.input_shape),
+        status=["converged"] * len(x),
+        iterations=at_once.steps,
+        residual=at_once.residual,
+        history=Histories(at_once.history, at_once.steps),
+        method=choice.method,
+        preconditioner=choice.preconditioner,
+        reason=choice.reason,
+        operator=op,
+    )
+    if at_once.all_met:
+        return result
+    rows = (~at_once.met).nonzero().flatten()
+    return result._with_rows(rows, in_steps(x[rows]))
+
+
+def _solve_in_steps(
+    conv: Any,
+    bn: Any,
+    x: Tensor,
+    op: ConvBNOperator,
+    choice: Choice,
+    live: LiveStatistics | None,
+    preconditioner: str | Correction,
+    rtol: float,
+    atol: float,
+    restart: int | None,
+    maxiter: int | None,
+    x0: Tensor | None,
+    callback: Callable[[Tensor], None] | None,
+    progress: bool,
+) -> SolveResult:
+    """``solve`` as a sequence of steps over whole batches, for every method."""
+    rows = x.flatten(1).isfinite().all(1).nonzero().flatten()
+    if live is not None and len(rows) < len(x):
+        rows = rows[:0]
     given = x.detach().double().flatten(1)
     rhs = given - op.channel_vector(op.offset)
     scale = torch.linalg.vector_norm(given, dim=1)

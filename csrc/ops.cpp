@@ -5,6 +5,7 @@
 #include "cpu/pool.h"
 
 namespace convbn {
+void bind_block_lu(pybind11::module_& m);           // cpu/block_lu_cpu.cpp
 void bind_block_tridiagonal(pybind11::module_& m);  // block_tridiagonal.cpp
 void bind_gmres(pybind11::module_& m);              // gmres_bindings.cpp
 void bind_linear_maps(pybind11::module_& m);        // linear_map.cpp
@@ -50,6 +51,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("release_memory", &convbn::pool_release);
   convbn::bind_linear_maps(m);
   convbn::bind_matrix_maps(m);
+  convbn::bind_block_lu(m);
   convbn::bind_block_tridiagonal(m);
   convbn::bind_gmres(m);
 }

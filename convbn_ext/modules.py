@@ -49,8 +49,8 @@ def fused_call(
         memory=memory,
         **shape,
     )
-    if counts:
-        bn.num_batches_tracked.add_(1)
+    if counts and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+        bn.num_batches_tracked.add_(1)  # a checkpoint's second pass, inside a backward pass, does not count
     return out
 
 

@@ -69,6 +69,8 @@ struct BnBackward : BnForward {
 //                              const Tensor& grad_y, const Tensor& grad_residual);        // dy = a·g + b·(y − μ) + c
 //                              // grad_y may be y
 //   static Tensor invert(const BnForward&, const Tensor& out);                            // y from out
+//   // only where there is something better than convolution and apply; an undefined result: not for this call
+//   static Tensor infer(input, weight, scale, shift, residual, options);                  // act((s·w) ⋆ x + shift + r)
 // };
 
 at::Tensor bn_scale(const at::Tensor& var, const OptionalTensor& bn_weight, double eps);
@@ -128,6 +130,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_forward(
     if (keep == Memory::invert) check_invertible(options, bn.scale);
   } else {  // fold:  (w ⋆ x − μ)·s + β = (s·w) ⋆ x + (β − s·μ)
     const at::Tensor scale = bn_scale(var, bn_weight, eps);
+    const at::Tensor shift = bn_shift(mean, bn_bias) - scale * mean;
+    if constexpr (requires { Kernels::infer(input, weight, scale, shift, residual, options); })
+      if (const at::Tensor out = Kernels::infer(input, weight, scale, shift, residual, options); out.defined())
+        return {out, at::empty({0}, input.options()), mean, var};
     std::vector<int64_t> per_row(weight.dim(), 1);
     per_row[0] = -1;
     const at::Tensor folded =
@@ -135,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_forward(
     bn.y = dense(convolve(input, folded, options.geometry));
     bn.mean = at::zeros_like(mean);
     bn.scale = at::ones_like(scale);
-    bn.bias = bn_shift(mean, bn_bias) - scale * mean;
+    bn.bias = shift;
   }
   if (residual) bn.residual = like_layout(*residual, bn.y);
   const at::Tensor out = save_y ? at::empty_like(bn.y) : bn.y;

@@ -55,21 +55,20 @@ const char* torch_name(PaddingMode mode) {
   }
 }
 
+}  // namespace
+
 // oneDNN's bfloat16 and float16 convolutions return wrong or non-finite numbers for some shapes whose output is one
 // column wide (seen in torch 2.13 and 2.14 on an AMX machine); those are computed in float32.
 bool library_is_wrong(const Tensor& like, int64_t last_output_size) {
   return like.is_cpu() && at::isReducedFloatingType(like.scalar_type()) && last_output_size == 1;
 }
 
-// The padding that is left to torch's convolution: one number per axis, zero when pad() has done the work.
 std::vector<int64_t> library_padding(const ConvGeometry& g) {
   std::vector<int64_t> result(g.axes(), 0);
   if (!g.pads_explicitly())
     for (int64_t axis = 0; axis < g.axes(); ++axis) result[axis] = g.padding[2 * axis];
   return result;
 }
-
-}  // namespace
 
 Tensor pad(const Tensor& x, const ConvGeometry& g) {
   std::vector<int64_t> last_axis_first;

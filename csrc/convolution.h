@@ -31,6 +31,11 @@ struct ConvGeometry {
 at::Tensor pad(const at::Tensor& x, const ConvGeometry& geometry);
 at::Tensor pad_adjoint(const at::Tensor& grad, at::IntArrayRef input_sizes, const ConvGeometry& geometry);
 
+// oneDNN's half-precision convolutions go wrong where the output is one column wide; such a one must not be used.
+bool library_is_wrong(const at::Tensor& like, int64_t last_output_size);
+// The padding that is left to the library: one number per axis, zero when pad() has done the work.
+std::vector<int64_t> library_padding(const ConvGeometry& geometry);
+
 at::Tensor convolve(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& geometry);
 at::Tensor convolve_adjoint_input(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_sizes,
                                   const ConvGeometry& geometry);

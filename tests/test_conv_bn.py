@@ -205,6 +205,19 @@ def test_inference_folds_as_accurately(name, activation, dtype):
     assert_as_accurate(ours, theirs, exact, dtype, "out")
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "cl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_inference_activations(activation, residual, memory_format, dtype):
+    case = Case((3, 5, 6, 9), (7, 5, 3, 3), training=False, activation=activation, residual=residual, padding=1)
+    with torch.no_grad():
+        exact = case.eager(torch.float64)[0]
+        theirs, ours = case.eager(dtype, memory_format)[0], case.ours(dtype, memory_format)[0]
+    assert_as_accurate(ours, theirs, exact, dtype, "out")
+    assert ours.is_contiguous(memory_format=memory_format)
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_shape(data):

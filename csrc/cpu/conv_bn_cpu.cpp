@@ -9,6 +9,7 @@
 
 #include "../conv_bn.h"
 #include "bn_blocks.h"
+#include "inference.h"
 #include "pool.h"
 
 namespace convbn {
@@ -226,6 +227,20 @@ struct CpuKernels {
         });
       });
     });
+  }
+
+  // The rows of the weight are planes with a scale each.
+  static Tensor infer(const Tensor& input, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                      const OptionalTensor& residual, const ConvBnOptions& options) {
+    if (!fuses(input, weight, residual.has_value(), options)) return {};
+    const int64_t rows = weight.size(0), row = weight.numel() / rows;
+    const Tensor w = dense(weight), folded = at::empty_like(w);
+    BnForward bn;
+    bn.y = w.as_strided({1, rows, row}, {rows * row, row, 1});
+    bn.mean = bn.bias = at::zeros_like(scale);
+    bn.scale = scale;
+    apply(bn, folded.as_strided({1, rows, row}, {rows * row, row, 1}));
+    return fused_convolution(input, folded, shift.to(weight.scalar_type()), residual, options);
   }
 
   static Tensor invert(const BnForward& bn, const Tensor& out) {

@@ -1,0 +1,85 @@
+#include "inference.h"
+
+#include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+namespace convbn {
+
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+using Scalars = c10::List<std::optional<at::Scalar>>;
+using Text = std::optional<std::string_view>;
+
+// Schemas of torch's own operators for fused inference; they are registered where torch was built with oneDNN.
+using Pointwise = Tensor(const Tensor& X, const Tensor& W, const OptionalTensor& B, IntArrayRef padding,
+                         IntArrayRef stride, IntArrayRef dilation, int64_t groups, std::string_view attr,
+                         Scalars scalars, Text algorithm);
+using PointwiseBinary = Tensor(const Tensor& X, const Tensor& other, const Tensor& W, const OptionalTensor& B,
+                               IntArrayRef padding, IntArrayRef stride, IntArrayRef dilation, int64_t groups,
+                               std::string_view binary_attr, std::optional<at::Scalar> alpha, Text unary_attr,
+                               Scalars unary_scalars, Text unary_algorithm);
+
+template <class Op>
+std::optional<c10::TypedOperatorHandle<Op>> find(const char* overload) {
+  const auto schema = c10::Dispatcher::singleton().findSchema({"mkldnn::_convolution_pointwise", overload});
+  if (!schema || !schema->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return std::nullopt;
+  return schema->typed<Op>();
+}
+
+const char* onednn_name(Activation activation) {
+  switch (activation) {
+    case Activation::relu:
+      return "relu";
+    case Activation::leaky_relu:
+      return "leaky_relu";
+    case Activation::silu:
+      return "swish";
+    case Activation::gelu:
+      return "gelu";
+    case Activation::hardswish:
+      return "hardswish";
+    default:
+      return "none";
+  }
+}
+
+const auto& plain() {
+  static const auto op = find<Pointwise>("");
+  return op;
+}
+const auto& with_sum() {
+  static const auto op = find<PointwiseBinary>("binary");
+  return op;
+}
+
+}  // namespace
+
+bool fuses(const Tensor& input, const Tensor& weight, bool residual, const ConvBnOptions& options) {
+  const auto type = input.scalar_type();
+  if (residual && (input.suggest_memory_format() == at::MemoryFormat::Contiguous ||
+                   (options.activation != Activation::identity && options.activation != Activation::relu)))
+    return false;
+  return plain() && with_sum() && at::globalContext().userEnabledMkldnn() && input.dim() >= 4 && input.numel() > 0 &&
+         (type == at::kFloat || type == at::kBFloat16) &&
+         !library_is_wrong(input, options.geometry.output_sizes(input.sizes(), weight.sizes()).back());
+}
+
+Tensor fused_convolution(const Tensor& input, const Tensor& weight, const Tensor& bias, const OptionalTensor& residual,
+                         const ConvBnOptions& options) {
+  const ConvGeometry& g = options.geometry;
+  const Tensor x = g.pads_explicitly() ? pad(input, g) : input;
+  const auto padding = library_padding(g);
+  Scalars scalars;
+  if (options.activation == Activation::leaky_relu) scalars.push_back(at::Scalar(options.slope));
+  const Text algorithm = options.activation == Activation::gelu ? Text("none") : Text("");
+  const char* activation = onednn_name(options.activation);
+  if (!residual)
+    return plain()->call(x, weight, bias, padding, g.stride, g.dilation, g.groups, activation, scalars, algorithm);
+  const Text unary = options.activation == Activation::identity ? std::nullopt : Text(activation);
+  return with_sum()->call(x, *residual, weight, bias, padding, g.stride, g.dilation, g.groups, "add", std::nullopt,
+                          unary, scalars, algorithm);
+}
+
+}  // namespace convbn

@@ -1,0 +1,16 @@
+// Inference with frozen statistics in one pass over the output: torch's oneDNN convolution with bias, residual and
+// activation applied to its accumulators.
+#pragma once
+#include "../conv_bn.h"
+
+namespace convbn {
+
+// Whether oneDNN can and may be used: float32 or bfloat16 images, behind a residual sum only identity and relu
+// in channels_last (torch has no kernel for others), and not where it is wrong.
+bool fuses(const at::Tensor& input, const at::Tensor& weight, bool residual, const ConvBnOptions& options);
+
+// act(weight ⋆ input + bias + residual).
+at::Tensor fused_convolution(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+                             const OptionalTensor& residual, const ConvBnOptions& options);
+
+}  // namespace convbn

@@ -1,5 +1,7 @@
 #include "api.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -37,6 +39,14 @@ void simt_configure(int order, unsigned seed, unsigned preempt) {
   simt::schedule = {static_cast<simt::Schedule::Order>(order), seed, preempt};
 }
 
+void simt_blocks(std::uint64_t first, std::uint64_t count) { simt::chosen_blocks = {first, count}; }
+
+void* simt_map(std::size_t bytes) {
+  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
+
+void simt_unmap(void* address, std::size_t bytes) { munmap(address, bytes); }
+
 void* simt_allocate(std::size_t bytes, std::size_t offset, const char* name, int read_only) {
   const std::size_t before = kGuard + offset;
   void* base = nullptr;
@@ -67,5 +77,11 @@ const char* simt_reports() {
 const char* simt_traffic() {
   static std::string text;
   text = simt::memory_traffic();
+  return text.c_str();
+}
+
+const char* simt_footprints() {
+  static std::string text;
+  text = simt::memory_footprints();
   return text.c_str();
 }

@@ -20,6 +20,7 @@
 namespace simt {
 
 Schedule schedule;
+ChosenBlocks chosen_blocks;
 Block block;
 Lane* current;
 unsigned launches;
@@ -202,6 +203,10 @@ void lane_exits() {
 
 void run_lane() {
   kernel_body(kernel_arguments);
+  if (const auto& copies = current->copies; !copies.empty()) {
+    report("unawaited-copy", copies[0].site,
+           [] { return describe(*current) + " ends without waiting for an asynchronous copy"; });
+  }
   lane_exits();
 }
 
@@ -224,6 +229,8 @@ void prepare_block(unsigned linear) {
     lane.time = 1;
     lane.seen.fill(0);
     lane.occurrence.clear();
+    lane.exchanges = lane.copy_groups = 0;
+    lane.copies.clear();
     lane.fiber.prepare(stack_of(i), run_lane);
   }
 }
@@ -315,6 +322,31 @@ void note_atomic(const void* address, size_t bytes, const void* site) {
   memory_access(address, bytes, true, true, site);
 }
 
+// The copy may land at any time up to the wait: here it lands then, so that whoever reads too early reads poison. The
+// checker sees a write at both ends.
+void copy_async(void* shared, const void* global, bool valid, const void* site) {
+  Lane::Copy copy{static_cast<char*>(shared), {}, current->copy_groups, site};
+  if (valid) {
+    memory_access(global, copy.bytes.size(), false, false, site);
+    std::memcpy(copy.bytes.data(), global, copy.bytes.size());
+  }
+  memory_access(shared, copy.bytes.size(), true, false, site);
+  current->copies.push_back(copy);
+}
+
+void copy_commit() { ++current->copy_groups; }
+
+void copy_wait(unsigned pending) {
+  auto& copies = current->copies;
+  const auto lands = [&](const Lane::Copy& copy) { return copy.group + pending < current->copy_groups; };
+  for (const Lane::Copy& copy : copies) {
+    if (!lands(copy)) continue;
+    memory_landing(copy.shared, copy.bytes.size(), copy.site);
+    std::memcpy(copy.shared, copy.bytes.data(), copy.bytes.size());
+  }
+  copies.erase(std::remove_if(copies.begin(), copies.end(), lands), copies.end());
+}
+
 void launch(const char* kernel, dim3 grid, dim3 threads, size_t shared_bytes, Body body, void* arguments,
             size_t bytes) {
   kernel_name = kernel;
@@ -341,10 +373,10 @@ void launch(const char* kernel, dim3 grid, dim3 threads, size_t shared_bytes, Bo
   const Span static_shared = find_static_shared(__builtin_return_address(0));
 #endif
   memory_begin_launch(static_shared, {arena(), kArenaBytes}, shared_bytes, {static_cast<char*>(arguments), bytes});
-  const std::vector<unsigned> blocks_in_order = order_of(blocks);
+  const std::vector<unsigned> blocks_in_order = order_of(chosen_blocks.count ? chosen_blocks.count : blocks);
   std::vector<unsigned> lanes_in_order = order_of(per_block);
   for (const unsigned linear : blocks_in_order) {
-    prepare_block(linear);
+    prepare_block(static_cast<unsigned>(chosen_blocks.first) + linear);
     std::memset(arena(), kPoison, shared_bytes);
     if (static_shared.bytes) std::memset(const_cast<char*>(static_shared.begin), kPoison, static_shared.bytes);
     while (block.live) {

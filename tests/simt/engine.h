@@ -34,6 +34,16 @@ struct Lane {
   unsigned time;
   std::array<unsigned, kWarpLanes> seen;
   std::vector<uint32_t> occurrence;  // per instruction: how often executed since the last barrier (traffic.cpp)
+
+  unsigned exchanges;  // so far: their buffers alternate
+  struct Copy {        // cp.async: the bytes as they were read, written when the lane waits for them
+    char* shared;
+    std::array<char, 16> bytes;
+    unsigned group;
+    const void* site;
+  };
+  std::vector<Copy> copies;
+  unsigned copy_groups;  // committed
 };
 
 struct Block {
@@ -51,7 +61,12 @@ struct Schedule {
   unsigned preempt = 0;  // instrumented build: yield at one in `preempt` memory accesses; 0 = never
 };
 
+struct ChosenBlocks {
+  uint64_t first = 0, count = 0;  // 0: all
+};
+
 extern Schedule schedule;
+extern ChosenBlocks chosen_blocks;
 extern Block block;
 extern Lane* current;      // null outside a kernel
 extern unsigned launches;  // launches so far; numbers the current one
@@ -70,8 +85,11 @@ struct Span {
 void memory_begin_launch(Span static_shared, Span dynamic_shared, std::size_t dynamic_bytes, Span arguments);
 void memory_epoch();  // a barrier, or the end of a block
 void memory_access(const void* address, std::size_t bytes, bool write, bool atomic, const void* site);
+void memory_landing(const void* address, std::size_t bytes,
+                    const void* site);  // of an asynchronous copy, counted before
 void memory_add_buffer(const void* address, std::size_t bytes, const char* name, bool read_only);
 void memory_remove_buffer(const void* address);
+std::string memory_footprints();
 std::string memory_traffic();  // one line per instruction, and forget it
 
 }  // namespace simt

@@ -22,7 +22,8 @@ ORDERS = ("ascending", "descending", "random")
 
 def why_not() -> str | None:
     """Why the harness cannot run here, or None."""
-    sources = [p for folder in (HERE, ROOT / "csrc" / "cuda") for p in folder.iterdir() if p.suffix in SOURCE_SUFFIXES]
+    kernels = [p for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix in SOURCE_SUFFIXES - {".cpp"}]
+    sources = kernels + [p for p in HERE.iterdir() if p.suffix in SOURCE_SUFFIXES]
     newest = max(p.stat().st_mtime for p in sources)
     for build in BUILDS:
         library = LIBRARIES / f"libsimt_{build}.so"
@@ -86,6 +87,30 @@ class Buffer:
         assert self._library.simt_free(address), f"a kernel wrote beside {self.name}"
 
 
+class VirtualBuffer(Buffer):
+    """A tensor larger than the machine: zeros until written, seen through windows (plain build)."""
+
+    def __init__(self, simulator: "Simulator", count: int, dtype: torch.dtype):
+        self.dtype, self.bytes, self._library = dtype, count * dtype.itemsize, simulator.library
+        self.address = self._library.simt_map(ctypes.c_size_t(self.bytes))
+
+    def write(self, offset: int, values: torch.Tensor) -> None:
+        values = values.to(self.dtype).contiguous()
+        ctypes.memmove(self.address + offset * self.dtype.itemsize, values.data_ptr(), values.numel() * values.itemsize)
+
+    def window(self, offset: int, count: int) -> torch.Tensor:
+        result = torch.empty(count, dtype=self.dtype)
+        ctypes.memmove(result.data_ptr(), self.address + offset * self.dtype.itemsize, count * self.dtype.itemsize)
+        return result
+
+    def free(self) -> None:
+        address, self.address = self.address, None
+        self._library.simt_unmap(ctypes.c_void_p(address), ctypes.c_size_t(self.bytes))
+
+
+Argument = Buffer | int | float | ctypes.Array | None
+
+
 class Simulator:
     """One build of the kernels.
 
@@ -100,9 +125,12 @@ class Simulator:
         self.library = ctypes.CDLL(str(LIBRARIES / f"libsimt_{build}.so"))
         self.library.simt_allocate.restype = ctypes.c_void_p
         self.library.simt_allocate.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_int]
+        self.library.simt_map.restype = ctypes.c_void_p
+        self.library.simt_blocks.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
         self.library.simt_free.argtypes = [ctypes.c_void_p]
         self.library.simt_reports.restype = ctypes.c_char_p
         self.library.simt_traffic.restype = ctypes.c_char_p
+        self.library.simt_footprints.restype = ctypes.c_char_p
         self._buffers: list[Buffer] = []
         self._stderr = ""
 
@@ -119,19 +147,30 @@ class Simulator:
         self._buffers.append(Buffer(self, tensor.contiguous(), name, False, offset))
         return self._buffers[-1]
 
-    def call(self, function: str, *arguments: Buffer | int | float | None) -> int:
-        """Call an exported function; ints are passed as int64, floats as double, None as a null pointer."""
+    def virtual(self, count: int, dtype: torch.dtype) -> VirtualBuffer:
+        """``count`` scalars without memory behind them."""
+        self._buffers.append(VirtualBuffer(self, count, dtype))
+        return self._buffers[-1]
+
+    def blocks(self, first: int = 0, count: int = 0) -> None:
+        """Launches run these blocks of their grids alone; without arguments all again."""
+        self.library.simt_blocks(first, count)
+
+    def call(self, function: str, *arguments: Argument) -> int:
+        """Call an exported function; ints become int64, floats double, None a null pointer."""
         entry = getattr(self.library, function)
         entry.restype = ctypes.c_int64
         converted = []
         for argument in arguments:
             if argument is None or isinstance(argument, Buffer):
                 converted.append(ctypes.c_void_p(argument.address if argument else None))
+            elif isinstance(argument, ctypes.Array):
+                converted.append(argument)
             else:
                 converted.append(ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
         return entry(*converted)
 
-    def run(self, launcher: str, *arguments: Buffer | int | float | None) -> None:
+    def run(self, launcher: str, *arguments: Argument) -> None:
         """Call an exported launcher; what the undefined-behaviour sanitizer prints becomes reports."""
         with tempfile.TemporaryFile() as caught:
             saved = os.dup(2)
@@ -158,6 +197,12 @@ class Simulator:
         """Per instruction and buffer, since the last call (instrumented build)."""
         rows = [line.split("|") for line in self.library.simt_traffic().decode().splitlines()]
         return [Traffic(*row[:5], *map(int, row[5:])) for row in rows]
+
+    def footprints(self) -> dict[tuple[str, str, str], int]:
+        """(kernel, buffer, read or write) → different 32-byte sectors touched per launch, since the last call: what
+        memory has to move when caches keep whatever is used twice."""
+        rows = [line.rsplit("|", 3) for line in self.library.simt_footprints().decode().splitlines()]
+        return {(kernel, buffer, mode): int(sectors) for kernel, buffer, mode, sectors in rows}
 
     def close(self) -> None:
         """Free the buffers; guard zones and inputs must be untouched."""

@@ -23,15 +23,17 @@ SIMT_HOOK(4)
 SIMT_HOOK(8)
 SIMT_HOOK(16)
 
-// Copies of odd sizes: as words.
+// Copies of odd sizes: as words and what is left.
 void __tsan_read_range(void* p, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 4) {
-    simt::memory_access(static_cast<char*>(p) + i, 4, false, false, __builtin_return_address(0));
+    simt::memory_access(static_cast<char*>(p) + i, bytes - i < 4 ? bytes - i : 4, false, false,
+                        __builtin_return_address(0));
   }
 }
 void __tsan_write_range(void* p, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 4) {
-    simt::memory_access(static_cast<char*>(p) + i, 4, true, false, __builtin_return_address(0));
+    simt::memory_access(static_cast<char*>(p) + i, bytes - i < 4 ? bytes - i : 4, true, false,
+                        __builtin_return_address(0));
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include <map>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "engine.h"
@@ -34,11 +35,15 @@ struct Region {
   std::size_t bytes = 0;
   bool shared = false, read_only = false;
   std::vector<Cell> shadow;
+  std::vector<unsigned> touched[2] = {};  // per 32-byte sector: the last launch that read, wrote it
 
   bool contains(const char* p, std::size_t n) const { return p >= begin && p + n <= begin + bytes; }
 };
 
+constexpr std::size_t kSector = 32;
+
 std::map<const char*, Region> buffers;
+std::map<std::string, uint64_t> footprints;  // "kernel|buffer|read or write" → different sectors
 Region static_region, dynamic_region;
 Span dynamic_arena, argument_span;
 std::mt19937 preemption;
@@ -124,6 +129,25 @@ void check_cell(Cell& cell, const Region& region, const Access& access, bool wri
   cell.read[replaces ? 0 : 1] = access;  // two unordered readers are enough to catch a later unordered writer
 }
 
+void check_cells(Region& region, const char* address, std::size_t bytes, bool write, bool atomic, const void* site) {
+  const Access access{launches, block.linear, current->linear, block.epoch, current->time, site, atomic};
+  const uintptr_t base = reinterpret_cast<uintptr_t>(region.begin) / kGranule;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(address) / kGranule;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(address) + bytes - 1) / kGranule;
+  for (uintptr_t granule = first; granule <= last; ++granule)
+    check_cell(region.shadow[granule - base], region, access, write);
+}
+
+void add_to_footprint(Region& region, const char* address, std::size_t bytes, bool write) {
+  auto& touched = region.touched[write];
+  const uintptr_t base = reinterpret_cast<uintptr_t>(region.begin) / kSector;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(address) + bytes - 1) / kSector;
+  for (uintptr_t sector = reinterpret_cast<uintptr_t>(address) / kSector; sector <= last; ++sector) {
+    if (std::exchange(touched[sector - base], launches) == launches) continue;
+    ++footprints[std::string(kernel_name) + "|" + region.name + (write ? "|write" : "|read")];
+  }
+}
+
 }  // namespace
 
 void memory_begin_launch(Span static_shared, Span arena, std::size_t dynamic_bytes, Span arguments) {
@@ -155,23 +179,32 @@ void memory_access(const void* pointer, std::size_t bytes, bool write, bool atom
     reports.add("misaligned", kernel_name, site,
                 [&] { return describe(lane) + ", " + std::to_string(bytes) + " bytes of " + region->name; });
   }
+  if (!region->shared) add_to_footprint(*region, address, bytes, write);
   traffic.add(site, region->name, region->shared, write, address, bytes);
-  const Access access{launches, block.linear, lane.linear, block.epoch, lane.time, site, atomic};
-  const uintptr_t base = reinterpret_cast<uintptr_t>(region->begin) / kGranule;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(address) / kGranule;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(address) + bytes - 1) / kGranule;
-  for (uintptr_t granule = first; granule <= last; ++granule)
-    check_cell(region->shadow[granule - base], *region, access, write);
+  check_cells(*region, address, bytes, write, atomic, site);
   if (schedule.preempt && preemption() % schedule.preempt == 0) yield_lane();
+}
+
+void memory_landing(const void* pointer, std::size_t bytes, const void* site) {
+  const char* address = static_cast<const char*>(pointer);
+  if (Region* region = region_of(address, bytes, true, site)) check_cells(*region, address, bytes, true, false, site);
 }
 
 void memory_add_buffer(const void* address, std::size_t bytes, const char* name, bool read_only) {
   const char* begin = static_cast<const char*>(address);
-  buffers[begin] = {name, begin, bytes, false, read_only, std::vector<Cell>((bytes + 2 * kGranule) / kGranule)};
+  Region& region =
+      buffers[begin] = {name, begin, bytes, false, read_only, std::vector<Cell>((bytes + 2 * kGranule) / kGranule)};
+  for (auto& sectors : region.touched) sectors.resize(bytes / kSector + 2);
 }
 
 void memory_remove_buffer(const void* address) { buffers.erase(static_cast<const char*>(address)); }
 
 std::string memory_traffic() { return traffic.take(); }
+
+std::string memory_footprints() {
+  std::string text;
+  for (const auto& [what, sectors] : std::exchange(footprints, {})) text += what + "|" + std::to_string(sectors) + "\n";
+  return text;
+}
 
 }  // namespace simt

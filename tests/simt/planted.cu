@@ -1,7 +1,11 @@
 // Kernels with one planted error each, which the harness must report, and their clean twins, which it must not.
 #include "api.h"
 #include "device.cuh"
+#include "mma.cuh"
 
+using convbn::cp_async16;
+using convbn::cp_async_commit;
+using convbn::cp_async_wait;
 using convbn::kFullMask;
 
 namespace {
@@ -139,6 +143,19 @@ __global__ void uninitialised_kernel(float* out) {
   out[threadIdx.x] = s[63 - threadIdx.x];
 }
 
+// Each thread copies 16 bytes and reads its neighbour's: the wait must come before the barrier.
+enum class Await { never, after_barrier, before_barrier };
+template <Await await>
+__global__ void copy_kernel(float* out) {
+  __shared__ uint4 chunks[16];
+  cp_async16(chunks + threadIdx.x, out + 4 * threadIdx.x, true);
+  cp_async_commit();
+  if (await == Await::before_barrier) cp_async_wait<0>();
+  __syncthreads();
+  if (await == Await::after_barrier) cp_async_wait<0>();
+  out[threadIdx.x] = chunks[15 - threadIdx.x].x != 0;
+}
+
 __global__ void misaligned_kernel(const float* in, float* out) {
   struct alignas(8) Pair {
     float x, y;
@@ -199,6 +216,11 @@ SIMT_API void clean_early_exit(float* out) { CONVBN_LAUNCH(early_exit_kernel, 1,
 SIMT_API void block_race(float* out) { CONVBN_LAUNCH(block_race_kernel, 2, 32, 0, nullptr, out); }
 SIMT_API void uninitialised_shared(float* out) { CONVBN_LAUNCH(uninitialised_kernel<false>, 1, 64, 0, nullptr, out); }
 SIMT_API void clean_initialised(float* out) { CONVBN_LAUNCH(uninitialised_kernel<true>, 1, 64, 0, nullptr, out); }
+SIMT_API void copy_never_awaited(float* out) { CONVBN_LAUNCH(copy_kernel<Await::never>, 1, 16, 0, nullptr, out); }
+SIMT_API void copy_awaited_late(float* out) {
+  CONVBN_LAUNCH(copy_kernel<Await::after_barrier>, 1, 16, 0, nullptr, out);
+}
+SIMT_API void clean_copy(float* out) { CONVBN_LAUNCH(copy_kernel<Await::before_barrier>, 1, 16, 0, nullptr, out); }
 SIMT_API void misaligned(const float* in, float* out) { CONVBN_LAUNCH(misaligned_kernel, 1, 1, 0, nullptr, in, out); }
 SIMT_API void clean_sum(const float* in, float* out, int n) {
   CONVBN_LAUNCH(sum_kernel, 3, 256, 0, nullptr, in, out, n);

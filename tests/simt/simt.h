@@ -50,7 +50,7 @@ cudaError_t cudaGetLastError();
 
 namespace simt {
 
-enum class Collective { shuffle, ballot, sync };
+enum class Collective { shuffle, ballot, sync, exchange };
 
 // `const`: constant within a fiber, never instrumented, and calls may be merged.
 __attribute__((const)) uint3 thread_index();
@@ -155,3 +155,5 @@ __forceinline__ void __stwb(uint4* address, uint4 value) { *address = value; }
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+
+#include "simt_mma.h"

@@ -40,6 +40,8 @@ PLANTED = [
     ("divergent_barrier", "vector", dict.fromkeys(EVERYWHERE, "divergent-barrier")),
     ("deadlock", "vector", dict.fromkeys(EVERYWHERE, "deadlock")),
     ("exited_lane", "vector", dict.fromkeys(EVERYWHERE, "exited-lane")),
+    ("copy_never_awaited", "vector", dict.fromkeys(EVERYWHERE, "unawaited-copy")),
+    ("copy_awaited_late", "vector", {"instrumented": "race"}),
     ("bad_launch", "vector", dict.fromkeys(EVERYWHERE, "bad-launch")),
 ]
 
@@ -95,12 +97,13 @@ def test_missing_barrier_gives_wrong_values_under_preemption():
 @pytest.mark.parametrize("order", harness.ORDERS)
 def test_clean_kernels_are_not_reported(sim, order):
     sim.schedule(order)
-    reverse, half, exits, static, ones = (vector(sim) for _ in range(5))
+    reverse, half, exits, static, ones, copied = (vector(sim) for _ in range(6))
     sim.run("clean_reverse", reverse)
     sim.run("clean_half_warp", half)
     sim.run("clean_early_exit", exits)
     sim.run("clean_static", static)
     sim.run("clean_initialised", ones)
+    sim.run("clean_copy", copied)
     assert not sim.reports()
     lanes = torch.arange(32.0)
     assert torch.equal(reverse.read()[:32], lanes.flip(0))
@@ -108,6 +111,7 @@ def test_clean_kernels_are_not_reported(sim, order):
     assert torch.equal(exits.read()[:48], (torch.arange(48) // 16 * 16).float())
     assert torch.equal(static.read()[:16], torch.ones(16))
     assert torch.equal(ones.read(), torch.ones(64))
+    assert torch.equal(copied.read()[:16], torch.ones(16))
 
 
 @pytest.mark.parametrize("order", harness.ORDERS)

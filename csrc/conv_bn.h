@@ -72,6 +72,14 @@ struct BnBackward : BnForward {
 //   // only where there is something better than convolution and apply; an undefined result: not for this call
 //   static Tensor infer(input, weight, scale, shift, residual, options);                  // act((s·w) ⋆ x + shift + r)
 // };
+// A backend may also have a convolution of its own, for the layers that it accepts; dy is never stored there:
+//   static bool own_convolution(const Tensor& input, const Tensor& weight, const ConvGeometry&);
+//   static Tensor convolve(input, weight, geometry, Tensor* mean, Tensor* var);                  // null: not asked for
+//   // dx, dw, grad_residual
+//   static std::tuple<Tensor, Tensor, Tensor> backward_convolve(const BnBackward&, a, b, c, input, weight, geometry,
+//                                                               needs_input, needs_weight, needs_residual);
+template <class Kernels>
+concept HasConvolution = requires { &Kernels::own_convolution; };
 
 at::Tensor bn_scale(const at::Tensor& var, const OptionalTensor& bn_weight, double eps);
 at::Tensor bn_shift(const at::Tensor& mean, const OptionalTensor& bn_bias);
@@ -93,6 +101,18 @@ using ConvBnBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tens
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
     std::string_view padding_mode, double eps, std::string_view activation, double slope,
     std::array<bool, 5> output_mask);
+
+// y = w ⋆ x, dense, and its statistics unless mean is null.
+template <class Kernels>
+at::Tensor convolve_by(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& geometry,
+                       at::Tensor* mean = nullptr, at::Tensor* var = nullptr) {
+  if constexpr (HasConvolution<Kernels>) {
+    if (Kernels::own_convolution(input, weight, geometry)) return Kernels::convolve(input, weight, geometry, mean, var);
+  }
+  const at::Tensor y = dense(convolve(input, weight, geometry));
+  if (mean) std::tie(*mean, *var) = Kernels::statistics(y);
+  return y;
+}
 
 // Returns (out, y, mean, var). memory says what the backward pass will start from; y is empty unless it is "save".
 // With "none" and frozen statistics these are folded into the weights.
@@ -122,8 +142,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_forward(
     var = running_var->to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
   }
   if (training || keep != Memory::none) {
-    bn.y = dense(convolve(input, weight, options.geometry));
-    if (training) std::tie(mean, var) = Kernels::statistics(bn.y);
+    bn.y = convolve_by<Kernels>(input, weight, options.geometry, training ? &mean : nullptr, &var);
     bn.mean = mean;
     bn.scale = bn_scale(var, bn_weight, eps);
     bn.bias = bn_shift(mean, bn_bias);
@@ -138,7 +157,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_forward(
     per_row[0] = -1;
     const at::Tensor folded =
         (weight * scale.view(per_row).to(at::toOpMathType(weight.scalar_type()))).to(weight.scalar_type());
-    bn.y = dense(convolve(input, folded, options.geometry));
+    bn.y = convolve_by<Kernels>(input, folded, options.geometry);
     bn.mean = at::zeros_like(mean);
     bn.scale = at::ones_like(scale);
     bn.bias = shift;
@@ -177,7 +196,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
       bn.y = *y;
       break;
     case Memory::recompute:
-      bn.y = dense(convolve(input, weight, options.geometry));
+      bn.y = convolve_by<Kernels>(input, weight, options.geometry);
       break;
     case Memory::invert:
       check_invertible(options, bn.scale);
@@ -205,6 +224,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
       const double m = static_cast<double>(bn.y.numel()) / mean.numel();
       b = bn.scale * invstd * invstd * sum_gd * (-1 / m);
       c = bn.scale * sum_g * (-1 / m);
+    }
+    if constexpr (HasConvolution<Kernels>) {
+      if (needs_convolution && Kernels::own_convolution(input, weight, options.geometry)) {
+        const auto [dx, dw, dr] = Kernels::backward_convolve(bn, bn.scale, b, c, input, weight, options.geometry,
+                                                             needs_input, needs_weight, needs_residual);
+        const auto or_none = [&](const at::Tensor& t) { return t.defined() ? t : none; };
+        return {or_none(dx), or_none(dw), grad_bn_weight, grad_bn_bias, or_none(dr)};
+      }
     }
     const at::Tensor grad_y = bn.y.is_same(y.value_or(at::Tensor())) && !overwrite_y ? at::empty_like(bn.y) : bn.y;
     if (needs_residual) grad_residual = at::empty_like(bn.y);

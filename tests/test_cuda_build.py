@@ -48,45 +48,72 @@ KERNEL = re.compile(
     r"(?P<name>\w+)_kernel(?:<(?:(?P<layout>true|false), )?(?:convbn::\w+, )?(?P<scalar>\w+)(?:, (?P<pack>\d+))?>)?\("
 )
 LAYOUTS = {"true": "NHWC", "false": "NCHW", None: ""}
+# "void convbn::conv_gemm_kernel<convbn::TensorProduct<float, true>, convbn::NormGradient<float>, 4>(…)"
+CONVOLUTION = re.compile(
+    r"(?P<name>\w+)_kernel<(?:convbn::(?P<product>\w+)Product<[^>]*>, )?convbn::(?P<source>\w+)<(?P<scalar>\w+)>, "
+    r"(?P<pack>\d+)>\("
+)
+PRODUCTS = {("conv_gemm", "Values"): "conv_gemm forward", ("conv_gemm", "NormGradient"): "conv_gemm grad_input"}
 
 
 def family(signature):
-    match = KERNEL.search(signature.replace("(bool)1", "true").replace("(bool)0", "false").replace("(int)", ""))
+    """(kernel, layout or product, scalar, pack)."""
+    signature = signature.replace("(bool)1", "true").replace("(bool)0", "false").replace("(int)", "")
+    match = CONVOLUTION.search(signature) or KERNEL.search(signature)
     assert match, signature
     scalar = (match["scalar"] or "").removeprefix("__").removeprefix("nv_")
-    return match["name"], LAYOUTS[match["layout"]], scalar, match["pack"] or ""
+    if match.re is KERNEL:
+        return match["name"], LAYOUTS[match["layout"]], scalar, match["pack"] or ""
+    name = PRODUCTS.get((match["name"], match["source"]), match["name"])
+    if name == "depthwise":
+        name += " forward" if match["source"] == "Values" else " grad_input"
+    return name, (match["product"] or "").lower(), scalar, match["pack"]
 
 
 @functools.cache
 def resources():
-    """(family) → architecture → (most registers, most stack bytes) over the activations."""
-    table = defaultdict(lambda: defaultdict(lambda: (0, 0)))
+    """(family) → architecture → most (registers, stack bytes, static shared bytes) over the activations."""
+    table = defaultdict(lambda: defaultdict(lambda: (0, 0, 0)))
     architecture = function = None
     for line in demangle(cuobjdump("--dump-resource-usage")).splitlines():
         if match := re.search(r"arch = (sm_\d+)", line):
             architecture = match[1]
         elif match := re.search(r"Function (.*):$", line):
             function = match[1]
-        elif match := re.search(r"REG:(\d+) STACK:(\d+)", line):
-            registers, stack = table[family(function)][architecture]
-            table[family(function)][architecture] = (max(registers, int(match[1])), max(stack, int(match[2])))
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            row = table[family(function)]
+            row[architecture] = tuple(map(max, row[architecture], map(int, match.groups())))
     return table
 
 
-def blocks_per_multiprocessor(registers, threads=256):
-    """Blocks of 256 threads that 64 Ki registers and 2048 threads hold (sm_90); registers are given out by eights."""
-    return min(2048 // threads, 65536 // (-(-registers // 8) * 8 * threads))
+def dynamic_shared(kernel):
+    """Bytes that the launch adds: the tiles of the products; moments or sums of every thread of the reductions."""
+    name, layout, _, pack = kernel
+    if name.startswith("conv_gemm") or name in ("conv_grad_weight", "depthwise forward", "depthwise grad_input"):
+        return 43008
+    fields = {"bn_statistics": 3, "bn_backward_reduce": 2}.get(name, 0)
+    return 256 * 8 * fields * (int(pack) if layout == "NHWC" else 1) if fields else 0
+
+
+def blocks_per_multiprocessor(registers, shared, threads):
+    """Blocks that 64 Ki registers (given out by eights), 227 KiB of shared memory and 2048 threads hold (sm_90)."""
+    by_registers = 65536 // (-(-registers // 8) * 8 * threads)
+    return min(2048 // threads, by_registers, 227 * 1024 // (shared + 1024))
 
 
 def rows():
     for kernel, by_architecture in sorted(resources().items()):
         registers = [by_architecture[architecture][0] for architecture in ARCHITECTURES]
-        yield [*kernel, *map(str, registers), str(blocks_per_multiprocessor(registers[1]))]
+        shared = by_architecture["sm_90"][2] + dynamic_shared(kernel)
+        threads = {"conv_statistics": 1024, "bn_finish_statistics": 128, "bn_finish_backward": 128}.get(kernel[0], 256)
+        blocks = blocks_per_multiprocessor(registers[1], shared, threads)
+        yield [*kernel, *map(str, registers), str(shared), str(blocks)]
 
 
 def test_operators_are_registered_for_cuda():
     for name in OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"convbn_ext::{name}", "CUDA"), name
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("convbn_ext::conv_bn_forward", "AutocastCUDA")
 
 
 def test_every_architecture_is_built():
@@ -99,7 +126,7 @@ def test_nothing_is_spilled():
     spilling = {
         (kernel, architecture): stack
         for kernel, by_architecture in resources().items()
-        for architecture, (_, stack) in by_architecture.items()
+        for architecture, (_, stack, _) in by_architecture.items()
         if stack
     }
     assert not spilling
@@ -112,31 +139,67 @@ def test_registers_are_those_of_the_table():
 
 
 @functools.cache
-def wide_accesses():
-    """(family) → widest global load and store in the machine code for sm_90, in bits."""
-    widest = defaultdict(lambda: [0, 0])
+def machine_code():
+    """(family) → the instructions for sm_90 that move or multiply, over all activations."""
+    instructions = defaultdict(set)
     kernel = None
     for line in demangle(cuobjdump("-sass", "-arch", "sm_90")).splitlines():
         if match := re.search(r"Function : (.*)", line):
             kernel = family(match[1])
-        elif match := re.search(r"\b(LDG|STG)\.\S*?(?:\.(64|128))?[ .]", line):
-            side, bits = match[1] == "STG", re.search(r"\.(64|128)\b", line)
-            widest[kernel][side] = max(widest[kernel][side], int(bits[1]) if bits else 32)
-    return widest
+        elif match := re.search(r"\b(LDG|STG|LDGSTS|LDSM|HMMA|FFMA)\b\S*", line):
+            instructions[kernel].add(match[0])
+    return instructions
+
+
+def widest(kernel, operation):
+    """Bits of the widest access of a kind: LDG, STG, LDGSTS (global memory straight to shared)."""
+    found = [i for i in machine_code()[kernel] if i.split(".")[0] == operation]
+    bits = [int(match[1]) if (match := re.search(r"\.(64|128)\b", i)) else 32 for i in found]
+    return max(bits, default=0)
+
+
+def packed(*names):
+    kernels = [k for k in machine_code() if k[3] not in ("", "1") and k[0].split()[0] in names]
+    assert kernels
+    return kernels
 
 
 def test_packs_are_moved_128_bits_at_once():
-    packed = {kernel: bits for kernel, bits in wide_accesses().items() if kernel[3] not in ("", "1")}
-    assert len(packed) == 5 * 2 * 4  # kernels, layouts, dtypes
-    for kernel, (load, store) in packed.items():
-        assert load == 128, kernel
-        if kernel[0] in ("bn_apply", "bn_backward_apply", "bn_invert"):
-            assert store == 128, kernel
+    elementwise = ("bn_apply", "bn_backward_apply", "bn_invert")
+    kernels = packed(*elementwise, "bn_statistics", "bn_backward_reduce")
+    assert len(kernels) == 5 * 2 * 4  # kernels, layouts, dtypes
+    for kernel in kernels + packed("conv_gemm", "conv_grad_weight", "depthwise"):
+        assert max(widest(kernel, "LDG"), widest(kernel, "LDGSTS")) == 128, kernel
+        if kernel[0] not in ("bn_statistics", "bn_backward_reduce"):
+            assert widest(kernel, "STG") == 128, kernel
+    for kernel in packed("conv_gemm", "conv_grad_weight"):  # weights, x
+        assert widest(kernel, "LDGSTS") == 128, kernel
+
+
+HMMA = {"float": "HMMA.1688.F32.TF32", "half": "HMMA.16816.F32", "bfloat16": "HMMA.16816.F32.BF16"}
+
+
+def test_products_use_tensor_cores():
+    kernels = [k for k in machine_code() if k[0].startswith(("conv_gemm", "conv_grad_weight"))]
+    assert len(kernels) == 3 * 4 * 2  # forward, grad_input, grad_weight; float, tf32, fp16, bf16; packs and scalars
+    for kernel in kernels:
+        name, product, scalar, _ = kernel
+        instructions = machine_code()[kernel]
+        multiplications = {i for i in instructions if i.startswith("HMMA")}
+        assert multiplications == ({HMMA[scalar]} if product == "tensor" else set()), kernel
+        if product == "float":
+            assert any(i.startswith("FFMA") for i in instructions), kernel
+        elif name != "conv_grad_weight" or scalar != "float":  # ldmatrix transposes 16-bit values alone
+            assert any(i.startswith("LDSM") for i in instructions), kernel
 
 
 if __name__ == "__main__":
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(
-        ["kernel", "layout", "scalar", "pack", *(f"registers {a}" for a in ARCHITECTURES), "blocks per SM, sm_90"]
+        [
+            *("kernel", "layout or product", "scalar", "pack"),
+            *(f"registers {a}" for a in ARCHITECTURES),
+            *("shared bytes", "blocks per SM, sm_90"),
+        ]
     )
     writer.writerows(rows())

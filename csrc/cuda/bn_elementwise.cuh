@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, kResident<scalar_t>)
         acc d[V], g[V];
         masked_gradient<Act, scalar_t, V>(p, bn, offset, count, d, g);
         if (grad_residual) store_pack<V>(grad_residual + offset, count, g);
+        if (!grad_y) return;
 #pragma unroll
         for (int l = 0; l < V; ++l) d[l] = bn(l).a * g[l] + bn(l).b * d[l] + bn(l).c;
         store_pack<V>(grad_y + offset, count, d);

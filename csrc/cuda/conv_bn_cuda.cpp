@@ -1,71 +1,14 @@
-// The torch side of batch normalisation on CUDA: tensors to pointers, device and stream, launch checks. The convolution
-// is torch's.
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
+// The torch side of conv_bn on CUDA. The convolution is torch's or our own: implicit_gemm.h.
 #include <torch/library.h>
 
-#include "../conv_bn.h"
-#include "bn.h"
+#include "bn_tensors.h"
+#include "implicit_gemm.h"
 
 namespace convbn {
 
 namespace {
 
 using at::Tensor;
-
-Scalar scalar_of(const Tensor& y) {
-  switch (y.scalar_type()) {
-    case at::kDouble:
-      return Scalar::f64;
-    case at::kFloat:
-      return Scalar::f32;
-    case at::kHalf:
-      return Scalar::f16;
-    case at::kBFloat16:
-      return Scalar::bf16;
-    default:
-      TORCH_CHECK_TYPE(false, "conv_bn: no CUDA kernel for ", y.scalar_type());
-  }
-}
-
-const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-void* mutable_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
-
-// A problem on y's device and current stream. The per-channel vectors live as long as this does.
-struct Launch {
-  c10::cuda::CUDAGuard guard;
-  CUstream_st* stream;
-  BnProblem problem;
-  Tensor mean, scale, bias;
-
-  explicit Launch(const Tensor& y) : guard(y.device()), stream(at::cuda::getCurrentCUDAStream()) {
-    problem.scalar = scalar_of(y);
-    const int64_t samples = y.size(0), channels = y.size(1), values = y.numel() / std::max<int64_t>(1, channels);
-    problem.channels_last = values == samples || channels == 1 || !y.is_contiguous();
-    problem.channels = channels;
-    problem.outer = problem.channels_last ? values : samples;
-    problem.inner = problem.channels_last ? 1 : values / std::max<int64_t>(1, samples);
-  }
-  explicit Launch(const BnForward& bn, const Tensor& y) : Launch(y) {
-    mean = bn.mean.to(at::kDouble).contiguous();
-    scale = bn.scale.to(at::kDouble).contiguous();
-    bias = bn.bias.to(at::kDouble).contiguous();
-    problem.activation = bn.activation;
-    problem.slope = bn.slope;
-    problem.residual = data(bn.residual);
-    problem.mean = mean.const_data_ptr<double>();
-    problem.scale = scale.const_data_ptr<double>();
-    problem.bias = bias.const_data_ptr<double>();
-  }
-  explicit Launch(const BnBackward& bn) : Launch(static_cast<const BnForward&>(bn), bn.y) {
-    problem.y = data(bn.y);
-    problem.grad = data(bn.grad);
-    problem.out = data(bn.out);
-  }
-
-  Tensor vector(const Tensor& like, int64_t size) const { return at::empty({size}, like.options().dtype(at::kDouble)); }
-};
 
 struct CudaKernels {
   static std::tuple<Tensor, Tensor> statistics(const Tensor& y) {
@@ -116,6 +59,36 @@ struct CudaKernels {
     launch_bn_invert(launch.problem, mutable_data(y), launch.stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return y;
+  }
+
+  static bool own_convolution(const Tensor& input, const Tensor& weight, const ConvGeometry& geometry) {
+    return use_implicit_gemm(input, weight, geometry);
+  }
+
+  static Tensor convolve(const Tensor& input, const Tensor& weight, const ConvGeometry& geometry, Tensor* mean,
+                         Tensor* var) {
+    return implicit_gemm(input, weight, geometry, mean, var);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> backward_convolve(const BnBackward& bn, const Tensor& a, const Tensor& b,
+                                                              const Tensor& c, const Tensor& input,
+                                                              const Tensor& weight, const ConvGeometry& geometry,
+                                                              bool needs_input, bool needs_weight,
+                                                              bool needs_residual) {
+    // The products know sign activations alone; else, and where it is asked for anyway, g is stored once.
+    const bool by_sign = bn.activation == Activation::identity || bn.activation == Activation::relu ||
+                         bn.activation == Activation::leaky_relu;
+    if (by_sign && !needs_residual && !(bn.residual.defined() && !bn.out.defined())) {
+      const auto [dx, dw] = implicit_gemm_backward(bn, a, b, c, input, weight, geometry, needs_input, needs_weight);
+      return {dx, dw, Tensor()};
+    }
+    BnBackward masked = bn;
+    masked.grad = at::empty_like(bn.y);
+    backward_apply(bn, a, b, c, Tensor(), masked.grad);
+    masked.activation = Activation::identity;
+    masked.out = Tensor();
+    const auto [dx, dw] = implicit_gemm_backward(masked, a, b, c, input, weight, geometry, needs_input, needs_weight);
+    return {dx, dw, needs_residual ? masked.grad : Tensor()};
   }
 };
 

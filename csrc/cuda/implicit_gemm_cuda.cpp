@@ -1,0 +1,171 @@
+#include <ATen/Context.h>
+
+#include <cstdlib>
+#include <limits>
+
+#include "bn_tensors.h"
+#include "conv.h"
+#include "implicit_gemm.h"
+
+namespace convbn {
+
+namespace {
+
+using at::Tensor;
+
+constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+
+// 0 and 1 spatial axes as 2: (N, C) → (N, C, 1, 1), (N, C, L) → (N, C, 1, L).
+Tensor as_image(Tensor t) {
+  while (t.dim() < 4) t = t.unsqueeze(2);
+  return t;
+}
+Tensor nhwc(const Tensor& t) { return as_image(t).contiguous(kChannelsLast); }
+
+// Back to the axes and the memory format of `like`.
+Tensor in_format_of(const Tensor& image, const Tensor& like, at::IntArrayRef sizes) {
+  return image.contiguous(like.dim() == 4 ? like.suggest_memory_format() : at::MemoryFormat::Contiguous).view(sizes);
+}
+
+ConvProblem problem_of(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  ConvProblem p;
+  const auto& context = at::globalContext();
+  p.scalar = scalar_of(input);
+  p.tensor_cores = p.scalar != Scalar::f32 || (g.axes() ? context.allowTF32CuDNN() : context.allowTF32CuBLAS());
+  p.samples = input.size(0);
+  p.channels = static_cast<int>(input.size(1));
+  p.out_channels = static_cast<int>(weight.size(0));
+  p.groups = static_cast<int>(g.groups);
+  p.border = static_cast<Border>(g.mode);
+  const auto output_sizes = g.output_sizes(input.sizes(), weight.sizes());
+  for (int64_t i = 0; i < g.axes(); ++i) {
+    const auto axis = 2 - g.axes() + i;
+    p.size[axis] = static_cast<int>(input.size(i + 2));
+    p.out_size[axis] = static_cast<int>(output_sizes[i + 2]);
+    p.kernel[axis] = static_cast<int>(weight.size(i + 2));
+    p.stride[axis] = static_cast<int>(g.stride[i]);
+    p.padding[axis] = static_cast<int>(g.padding[2 * i]);
+    p.dilation[axis] = static_cast<int>(g.dilation[i]);
+  }
+  return p;
+}
+
+Tensor forward_weight(const ConvProblem& p, const Tensor& weight) {
+  return as_image(weight)
+      .permute(p.depthwise() ? at::IntArrayRef{2, 3, 0, 1} : at::IntArrayRef{0, 2, 3, 1})
+      .contiguous();
+}
+Tensor adjoint_weight(const ConvProblem& p, const Tensor& weight) {
+  if (p.depthwise()) return forward_weight(p, weight);
+  return as_image(weight).unflatten(0, {p.groups, -1}).permute({0, 2, 3, 4, 1}).contiguous();
+}
+
+enum class Algorithm { automatic, aten, implicit_gemm };
+
+Algorithm chosen_algorithm() {
+  const char* name = std::getenv("CONVBN_EXT_ALGORITHM");
+  const std::string_view value = name ? name : "auto";
+  if (value == "auto") return Algorithm::automatic;
+  if (value == "aten") return Algorithm::aten;
+  if (value == "implicit_gemm") return Algorithm::implicit_gemm;
+  TORCH_CHECK_VALUE(false, "conv_bn: CONVBN_EXT_ALGORITHM must be auto, aten or implicit_gemm, got '", value, "'");
+}
+
+// Multiplications per scalar of x and y up to which a product hides behind memory: an H100 moves 3.35 TB/s, and
+// mma.sync multiplies at about half of its dense rate there (csrc/cuda/README.md has the arithmetic).
+constexpr double kHiddenTensor = 96, kHiddenFloat = 16;
+
+bool moves_fewer_bytes(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  const auto all = [](const auto& values, int64_t expected) {
+    return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v == expected; });
+  };
+  const int64_t channels = input.size(1), out_channels = weight.size(0), chunk = 16 / input.element_size();
+  const bool pointwise = input.dim() == 4 && input.is_contiguous(kChannelsLast) && g.groups == 1 &&
+                         weight.numel() == channels * out_channels && all(g.stride, 1) && !g.pads();
+  const double per_scalar = static_cast<double>(channels) * out_channels / (channels + out_channels);
+  return pointwise && channels % chunk == 0 && out_channels % chunk == 0 &&
+         per_scalar <= (problem_of(input, weight, g).tensor_cores ? kHiddenTensor : kHiddenFloat);
+}
+
+}  // namespace
+
+bool use_implicit_gemm(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  const Algorithm algorithm = chosen_algorithm();
+  constexpr int64_t most = std::numeric_limits<int>::max();
+  const auto sizes = g.padded_sizes(input.sizes());
+  const bool possible = g.axes() <= 2 && input.scalar_type() != at::kDouble && input.numel() > 0 &&
+                        std::all_of(sizes.begin() + 1, sizes.end(), [](int64_t size) { return size <= most / 4; }) &&
+                        weight.numel() <= most && g.groups < 65000;
+  if (!possible || algorithm == Algorithm::aten) return false;
+  return algorithm == Algorithm::implicit_gemm || moves_fewer_bytes(input, weight, g);
+}
+
+Tensor implicit_gemm(const Tensor& input, const Tensor& weight, const ConvGeometry& g, Tensor* mean, Tensor* var) {
+  const ConvProblem p = problem_of(input, weight, g);
+  const Launch launch(input);
+  const Tensor x = nhwc(input), w = forward_weight(p, weight);
+  const Tensor y = at::empty({p.samples, p.out_channels, p.out_size[0], p.out_size[1]},
+                             input.options().memory_format(kChannelsLast));
+  const Tensor scratch = mean ? launch.vector(input, conv_statistics_size(p)) : Tensor();
+  launch_conv_forward(p, data(x), data(w), mutable_data(y), static_cast<double*>(mutable_data(scratch)), launch.stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  if (mean) {
+    *mean = launch.vector(input, p.out_channels);
+    *var = launch.vector(input, p.out_channels);
+    launch_conv_statistics(p, scratch.const_data_ptr<double>(), mean->mutable_data_ptr<double>(),
+                           var->mutable_data_ptr<double>(), launch.stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return in_format_of(y, input, g.output_sizes(input.sizes(), weight.sizes()));
+}
+
+std::tuple<Tensor, Tensor> implicit_gemm_backward(const BnBackward& bn_, const Tensor& a, const Tensor& b,
+                                                  const Tensor& c, const Tensor& input, const Tensor& weight,
+                                                  const ConvGeometry& g, bool needs_input, bool needs_weight) {
+  const ConvProblem p = problem_of(input, weight, g);
+  BnBackward bn = bn_;
+  bn.y = nhwc(bn.y);
+  bn.grad = nhwc(bn.grad);
+  if (bn.out.defined()) bn.out = nhwc(bn.out);
+  bn.residual = Tensor();
+  const Launch launch(bn);
+  const auto floats = bn.y.options().dtype(at::kFloat);
+  const Tensor table = at::empty({conv_table_size(p)}, floats), a_ = a.contiguous(), b_ = b.contiguous(),
+               c_ = c.contiguous();
+  launch_conv_table(launch.problem, a_.const_data_ptr<double>(), b_.const_data_ptr<double>(),
+                    c_.const_data_ptr<double>(), table.mutable_data_ptr<float>(), launch.stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const auto* rows = table.const_data_ptr<float>();
+
+  Tensor grad_input, grad_weight;
+  if (needs_input) {
+    ConvProblem q = p;
+    const bool folded = p.border != Border::zeros && g.pads();
+    const auto padded = g.padded_sizes(input.sizes());
+    if (folded) {  // over the padded input; what the borders copied is added back
+      q.border = Border::zeros;
+      for (int64_t i = 0; i < g.axes(); ++i) {
+        q.size[2 - g.axes() + i] = static_cast<int>(padded[i + 2]);
+        q.padding[2 - g.axes() + i] = 0;
+      }
+    }
+    const Tensor w = adjoint_weight(p, weight);
+    const Tensor dx =
+        at::empty({q.samples, q.channels, q.size[0], q.size[1]}, bn.y.options().memory_format(kChannelsLast));
+    launch_conv_grad_input(q, launch.problem, rows, data(w), mutable_data(dx), launch.stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    grad_input = folded ? pad_adjoint(in_format_of(dx, input, padded), input.sizes(), g)
+                        : in_format_of(dx, input, input.sizes());
+  }
+  if (needs_weight) {
+    const Tensor x = nhwc(input), scratch = at::empty({conv_grad_weight_size(p)}, floats);
+    const Tensor dw = at::empty({p.out_channels, p.kernel[0], p.kernel[1], p.channels / p.groups}, input.options());
+    launch_conv_grad_weight(p, launch.problem, rows, data(x), scratch.mutable_data_ptr<float>(), mutable_data(dw),
+                            launch.stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    grad_weight = in_format_of(dw.permute({0, 3, 1, 2}), weight, weight.sizes());
+  }
+  return {grad_input, grad_weight};
+}
+
+}  // namespace convbn

@@ -46,7 +46,7 @@ def _forward_fake(
             x, weight, None, stride, [0] * len(stride), dilation, False, [0] * len(stride), groups
         )
     mean, var = (input.new_empty(channels, dtype=torch.float64) for _ in range(2))
-    return torch.empty_like(y), y if memory == "save" else input.new_empty(0), mean, var
+    return torch.empty_like(y), y if memory in ("save", "chain") else input.new_empty(0), mean, var
 
 
 def _padded_sizes(input: Tensor, padding: Sequence[int]) -> list[Any]:

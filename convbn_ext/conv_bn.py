@@ -14,7 +14,7 @@ from . import autograd  # noqa: F401  (registers shapes and gradients of the ope
 from .geometry import Geometry
 
 _ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu", "hardswish")
-_MEMORY = ("save", "recompute", "invert")
+_MEMORY = ("save", "chain", "recompute", "invert")
 
 
 class Activation(NamedTuple):
@@ -172,8 +172,9 @@ def conv_bn(
         padding_mode: zeros, circular, reflect or replicate.
         activation: identity, relu, leaky_relu, leaky_relu(slope), silu, gelu or hardswish, or their torch modules.
         residual: added before the activation, of the output's shape.
-        memory: what the backward pass starts from: "save" keeps the convolution's output y; "recompute" convolves
-            again; "invert" recovers y from the output (identity and leaky_relu, γ ≠ 0).
+        memory: what the backward pass starts from: "save" keeps input and the convolution's output y; "chain" y alone,
+            where the input comes from another such layer, whose y gives it once more; "recompute" keeps the input and
+            convolves again; "invert" recovers y from the output (identity and leaky_relu, γ ≠ 0).
         process_group: must be None; statistics are those of this process.
 
     Returns:

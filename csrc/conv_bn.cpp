@@ -15,10 +15,10 @@ Activation parse_activation(std::string_view name) {
 
 Memory parse_memory(std::string_view name) {
   if (name == "none") return Memory::none;
-  if (name == "save") return Memory::save;
+  if (name == "save" || name == "chain") return Memory::save;
   if (name == "recompute") return Memory::recompute;
   if (name == "invert") return Memory::invert;
-  TORCH_CHECK_VALUE(false, "conv_bn: memory must be save, recompute or invert, got '", name, "'");
+  TORCH_CHECK_VALUE(false, "conv_bn: memory must be save, chain, recompute or invert, got '", name, "'");
 }
 
 namespace {

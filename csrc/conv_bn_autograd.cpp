@@ -1,6 +1,8 @@
 // First derivatives of conv_bn_forward, on every device: a node of the autograd graph that calls conv_bn_backward.
 //
 // conv_bn_backward is an operator with a derivative of its own (autograd.py), so second derivatives need nothing here.
+// With memory="chain" a node keeps y alone: its input, where that is the output of another such node, is formed again
+// from that one's y. A backward pass runs consumers first, so the y that they ask for is still there.
 // A plain node, not torch::autograd::Function, which functorch's transforms (grad, vjp, vmap) refuse.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -25,9 +27,31 @@ auto find_operator(const char* name) {
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
+using NodePtr = decltype(torch::autograd::Edge::function);  // a shared_ptr or, from torch 2.13 on, an intrusive_ptr
+struct ConvBnBackward;
+
+// Neither traced nor wrapped: the tensor's values are its own.
+bool is_plain(const Tensor& t) {
+  const c10::DispatchKeySet wrapped{c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+                                    c10::DispatchKey::Functionalize, c10::DispatchKey::Python};
+  return t.defined() && !t.key_set().has_any(wrapped) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+// A tensor kept for the backward pass, or the node that can form it again.
+struct Source {
+  SavedVariable tensor;
+  NodePtr owner;  // keeps producer alive
+  ConvBnBackward* producer = nullptr;
+
+  void keep(const Tensor& t, bool chain);
+  Tensor get() const;
+  int depth() const;
+};
+
 // Edges to input, weight, bias, bn_weight, bn_bias, residual; one gradient comes in, that of out.
 struct ConvBnBackward : torch::autograd::Node {
-  SavedVariable input, weight, y, mean, var, bn_weight, bn_bias, residual, out, bias;
+  Source input, residual;
+  SavedVariable weight, y, mean, var, bn_weight, bn_bias, out, bias;
   bool training = false;
   std::string memory, padding_mode, activation;
   std::vector<int64_t> stride, padding, dilation;
@@ -38,7 +62,8 @@ struct ConvBnBackward : torch::autograd::Node {
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* v : {&input, &weight, &y, &mean, &var, &bn_weight, &bn_bias, &residual, &out, &bias})
+    for (SavedVariable* v :
+         {&input.tensor, &residual.tensor, &weight, &y, &mean, &var, &bn_weight, &bn_bias, &out, &bias})
       v->reset_data();
   }
 
@@ -59,9 +84,10 @@ struct ConvBnBackward : torch::autograd::Node {
                                    needs_bn_bias || (needs_bias && !training), through_activation};
     const Tensor y_ = unpack_y();
     const auto differentiate = [&](const c10::TypedOperatorHandle<ConvBnBackwardOp>& op) {
-      return op.call(grads[0], input.unpack(), weight.unpack(), optional(y_), mean_, var_, optional(bn_weight_),
-                     optional(bn_bias.unpack()), optional(residual.unpack()), optional(out.unpack(getptr())), training,
-                     memory, stride, padding, dilation, groups, padding_mode, eps, activation, slope, mask);
+      return op.call(grads[0], input.get(), weight.unpack(), optional(y_), mean_, var_, optional(bn_weight_),
+                     optional(bn_bias.unpack()), optional(residual.get()), optional(out.unpack(getptr())), training,
+                     keeps_y() ? "save" : memory, stride, padding, dilation, groups, padding_mode, eps, activation,
+                     slope, mask);
     };
     static const auto functional = find_operator<ConvBnBackwardOp>("convbn_ext::conv_bn_backward");
     static const auto over_y = find_operator<ConvBnBackwardOp>("convbn_ext::conv_bn_backward_");
@@ -87,6 +113,22 @@ struct ConvBnBackward : torch::autograd::Node {
     return result;
   }
 
+  bool keeps_y() const { return memory == "save" || memory == "chain"; }
+
+  // How many y beside its own the output is formed from.
+  int depth() const { return residual.producer ? 1 + residual.depth() : 0; }
+
+  // The output once more, by the same loop; for second derivatives with its place in the graph.
+  Tensor output() {
+    static const auto op = find_operator<ConvBnApplyOp>("convbn_ext::conv_bn_apply");
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const at::AutoDispatchBelowAutograd guard;
+    const Tensor result = op.call(y.unpack(), mean.unpack(), var.unpack(), optional(bn_weight.unpack()),
+                                  optional(bn_bias.unpack()), optional(residual.get()), eps, activation, slope);
+    if (at::GradMode::is_enabled()) torch::autograd::impl::set_gradient_edge(result, {getptr(), 0});
+    return result;
+  }
+
  private:
   // The last backward pass through this node takes y out of it.
   Tensor unpack_y() {
@@ -97,15 +139,32 @@ struct ConvBnBackward : torch::autograd::Node {
 
   // Whether dy may be written over y: no other pass will come, and nobody else (a hook, a trace) holds the tensor.
   static bool ours_alone(const Tensor& y) {
-    return y.defined() && y.is_cpu() && y.use_count() == 1 && y.storage().use_count() == 1 &&
-           !y.unsafeGetTensorImpl()->is_python_dispatch() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+    return is_plain(y) && y.is_cpu() && y.use_count() == 1 && y.storage().use_count() == 1;
   }
 };
 
-// Edge::function is a shared_ptr or, from torch 2.13 on, an intrusive_ptr.
-template <class NodePtr, class T>
-NodePtr make_node(T*& node) {
-  if constexpr (std::is_constructible_v<NodePtr, std::shared_ptr<T>>) {
+constexpr int kDeepest = 2;  // a longer row of residual sums would be formed again for each of its members
+
+void Source::keep(const Tensor& t, bool chain) {
+  if (!t.defined()) return;
+  if (chain && is_plain(t) && t.grad_fn() && t.output_nr() == 0 && t._version() == 0) {
+    auto* node = dynamic_cast<ConvBnBackward*>(t.grad_fn().get());
+    if (node && node->memory == "chain" && node->depth() <= kDeepest) {
+      producer = node;
+      owner = t.grad_fn();
+      return;
+    }
+  }
+  tensor = SavedVariable(t, /*is_output=*/false);
+}
+
+Tensor Source::get() const { return producer ? producer->output() : tensor.unpack(); }
+
+int Source::depth() const { return producer ? producer->depth() : 0; }
+
+template <class T, class Ptr = NodePtr>
+Ptr make_node(T*& node) {
+  if constexpr (std::is_constructible_v<Ptr, std::shared_ptr<T>>) {
     std::shared_ptr<T> result(new T, [](T* p) { deleteNode(p); });
     node = result.get();
     return result;
@@ -129,10 +188,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_forward_autograd(
   for (const Tensor& t : {input, weight, bias_, bn_weight_, bn_bias_, residual_})
     TORCH_CHECK_NOT_IMPLEMENTED(!torch::autograd::isFwGradDefined(t),
                                 "conv_bn: forward-mode derivatives are not available");
-  decltype(torch::autograd::Edge::function) pointer;
+  NodePtr pointer;
   ConvBnBackward* node = nullptr;
   if (torch::autograd::compute_requires_grad(input, weight, bias_, bn_weight_, bn_bias_, residual_)) {
-    pointer = make_node<decltype(pointer)>(node);
+    pointer = make_node(node);
     node->set_next_edges(torch::autograd::collect_next_edges(input, weight, bias_, bn_weight_, bn_bias_, residual_));
   }
   auto [out, y, mean, var] = [&] {
@@ -143,20 +202,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_forward_autograd(
   }();
   if (node) {
     // x, w, y and per-channel vectors; with residual and activation also out (or the residual itself)
-    const bool invert = memory == "invert", needs_sign = residual_.defined() && activation != "identity";
+    const bool chain = memory == "chain", invert = memory == "invert",
+               needs_sign = residual_.defined() && activation != "identity";
     const bool sign_in_out = activation == "relu" || (activation == "leaky_relu" && slope > 0);
     torch::autograd::set_history(out, pointer);
     const auto save = [](SavedVariable& slot, const Tensor& t) { slot = SavedVariable(t, /*is_output=*/false); };
-    save(node->input, input);
+    node->input.keep(input, chain);
     save(node->weight, weight);
     save(node->bias, bias_);
     save(node->bn_weight, bn_weight_);
     save(node->bn_bias, bn_bias_);
     save(node->mean, mean);
     save(node->var, var);
-    if (memory == "save") save(node->y, y);
-    if (invert || (needs_sign && !sign_in_out)) save(node->residual, residual_);
-    if (invert || (needs_sign && sign_in_out)) node->out = SavedVariable(out, /*is_output=*/true);
+    if (chain || memory == "save") save(node->y, y);
+    if (chain || invert || (needs_sign && !sign_in_out)) node->residual.keep(residual_, chain);
+    if (invert || (!chain && needs_sign && sign_in_out)) node->out = SavedVariable(out, /*is_output=*/true);
     node->training = training;
     node->memory = memory;
     node->stride = stride.vec();

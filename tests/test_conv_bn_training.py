@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import convbn_ext as cb
 
-MEMORY = ["save", "recompute", "invert"]
+MEMORY = ["save", "chain", "recompute", "invert"]
 
 
 def layer_and_input(memory="save"):
@@ -66,3 +66,77 @@ def test_running_statistics_move_once(memory, mode):
     torch.testing.assert_close(layer.bn.running_mean, once.running_mean)
     torch.testing.assert_close(layer.bn.running_var, once.running_var)
     assert layer.bn.num_batches_tracked == 1
+
+
+class Residual(torch.nn.Module):
+    """Stem, then blocks of two layers with a residual sum, the first with a layer of its own on the way past."""
+
+    def __init__(self, memory, blocks=5, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = lambda c, d, k, act: cb.ConvBN2d(  # noqa: E731
+            c, d, k, padding=k // 2, bias=False, activation=act, memory=memory, dtype=dtype
+        )
+        self.stem, self.past = layer(3, 4, 3, "silu"), layer(4, 6, 1, "identity")
+        self.first = torch.nn.ModuleList(layer(4 if i == 0 else 6, 6, 3, "relu") for i in range(blocks))
+        self.second = torch.nn.ModuleList(layer(6, 6, 3, "relu") for _ in range(blocks))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for i, (a, b) in enumerate(zip(self.first, self.second, strict=True)):
+            x = b(a(x), residual=self.past(x) if i == 0 else x)
+        return x
+
+
+def saved_bytes(network, x):
+    """Bytes of the distinct tensors that wait for the backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = network(x)
+    return out, sum(t.untyped_storage().nbytes() for p, t in saved.items() if p not in own)
+
+
+def test_chain_gives_the_gradients_of_save_from_y_alone():
+    results = {}
+    for memory in ("save", "chain"):
+        network, x = Residual(memory), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_()
+        out, _ = saved_bytes(network, x)
+        out.square().sum().backward(retain_graph=True)
+        first = gradients(network, x)
+        out.square().sum().backward()
+        results[memory] = [out, *first]
+        for a, b in zip(first, gradients(network, x), strict=True):
+            assert torch.equal(a, b)
+    for a, b in zip(*results.values(), strict=True):
+        assert torch.equal(a, b)
+    image = 4 * 64 * 4  # bytes of one channel of the batch
+    _, bytes_ = saved_bytes(Residual("chain", blocks=2), x)
+    assert bytes_ < (3 + 4 + 6 * 5) * image + 3000  # the input and one y per layer, and vectors
+    _, bytes_ = saved_bytes(Residual("save", blocks=2), x)
+    assert bytes_ > (3 + 2 * 4 + 6 * 9) * image
+
+
+def test_chain_has_second_derivatives():
+    network = Residual("chain", blocks=1, dtype=torch.float64)
+    x = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(network, (x,), atol=1e-4)
+
+
+def test_chain_keeps_what_was_changed_in_place():
+    """The second layer saw twice the first one's output: it must not be formed again from y."""
+    grads = []
+    for memory in ("save", "chain"):
+        network, x = Residual(memory, blocks=1), torch.ones(4, 3, 8, 8) * torch.arange(8.0)
+        h = network.stem(x)
+        with torch.no_grad():
+            h.mul_(2)
+        network.first[0](h).square().sum().backward()
+        grads.append(network.first[0].conv.weight.grad)
+    assert torch.equal(*grads)

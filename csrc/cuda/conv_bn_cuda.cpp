@@ -97,6 +97,7 @@ struct CudaKernels {
 TORCH_LIBRARY_IMPL(convbn_ext, CUDA, m) {
   m.impl("conv_bn_forward", &conv_bn_forward<CudaKernels>);
   m.impl("conv_bn_backward", &conv_bn_backward<CudaKernels>);
+  m.impl("conv_bn_apply", &conv_bn_apply<CudaKernels>);
 }
 
 }  // namespace convbn

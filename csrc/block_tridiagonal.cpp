@@ -14,6 +14,7 @@
 #include <memory>
 #include <utility>
 
+#include "interrupt.h"
 #include "linear_map.h"
 
 namespace convbn {
@@ -34,7 +35,9 @@ struct BlockTridiagonalMap final : LinearMap {
         axis_(axis),
         rows_(rows) {
     const at::NoGradGuard no_grad;
+    InterruptCheck interrupt;
     for (int64_t r = 0; r < groups(); ++r) {
+      interrupt();
       if (r > 0) inverse_[r].addmm_(lower[r], upper_[r - 1], 1, -1);          // S_r = D_r − L_r E_{r−1}
       inverse_[r].copy_(std::get<0>(at::linalg_inv_ex(inverse_[r])));         // G_r
       if (r + 1 < groups()) upper_[r].copy_(at::mm(inverse_[r], upper_[r]));  // E_r

@@ -2,12 +2,12 @@
 // The loop runs without the GIL; it is taken for Python callables and, now and then, to look for ctrl-C.
 #include <torch/extension.h>
 
-#include <chrono>
 #include <memory>
 #include <string>
 #include <utility>
 
 #include "gmres.h"
+#include "interrupt.h"
 
 namespace convbn {
 namespace {
@@ -42,9 +42,6 @@ struct CallableMap final : LinearMap {
   py::object adjoint_;
 };
 
-using Clock = std::chrono::steady_clock;
-constexpr auto kSignalInterval = std::chrono::milliseconds(20);
-
 using Solver = decltype(&gmres);
 
 template <Solver solver>
@@ -55,14 +52,12 @@ GmresResult from_python(const LinearMap& A, const Tensor& b, const std::optional
                         const py::object& on_cycle) {
   GmresOptions options{rtol,        atol, restart, maxiter, max_cycles, max_basis_bytes, flexible, least_reduction,
                        inner_dtype, {},   {}};
-  auto looked = Clock::now();
+  InterruptCheck interrupt;
   options.on_step = [&](const auto& norms, const auto& vectors) {
-    const bool look = Clock::now() - looked > kSignalInterval;
-    if (on_step.is_none() && !look) return;
+    if (on_step.is_none()) return interrupt();
     const py::gil_scoped_acquire gil;
-    if (look && PyErr_CheckSignals() != 0) throw py::error_already_set();
-    looked = Clock::now();
-    if (!on_step.is_none()) on_step(norms(), py::cpp_function(vectors));
+    if (interrupt.due()) interrupt.look();
+    on_step(norms(), py::cpp_function(vectors));
   };
   if (!on_cycle.is_none())
     options.on_cycle = [&](const Tensor& x) {

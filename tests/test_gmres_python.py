@@ -172,7 +172,8 @@ def test_gil_is_released():
 
 
 _INTERRUPTED = """
-import sys, torch
+import signal, sys, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 sys.path.insert(0, {tests!r})
 from systems import _C, slow_system
 A, b = slow_system(), torch.ones(1, 3600, dtype=torch.float64)

@@ -5,17 +5,17 @@
    every method of ours.
 2. Conditioning and iterations over image size, initialisation and padding.
 3. Real images: 3×32×32 crops of photographs and, if a directory is given, CIFAR-10 in its binary version.
+4. A large layer: 4×64×56×56 in float32 to 1e-4, and the memory that it takes.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,65 +24,22 @@ from torch import Tensor, nn
 
 from .demo import layer_on, photograph_crops
 from .errors import errors
+from .experiment_report import (
+    INITIALISATIONS,
+    PADDINGS,
+    PROVIDERS,
+    RTOL,
+    SCIPY,
+    SCIPY_ALONE,
+    Conditioning,
+    Trial,
+    draw_batches,
+    draw_conditioning,
+    findings,
+    write_csv,
+)
 from .operator import ConvBNOperator
-from .solve import METHODS, solve
-
-RTOL = 1e-10
-NORMS = ("1-norm", "2-norm", "max-norm")
-PROVIDERS: dict[str, dict[str, str]] = {
-    name: options
-    for name, options in {
-        "plain": {"method": "gmres", "preconditioner": "none"},
-        "row": {"method": "gmres", "preconditioner": "row"},
-        "circulant": {"method": "gmres", "preconditioner": "circulant"},
-        "block": {"method": "block_gmres", "preconditioner": "circulant"},
-        "LU": {"method": "direct"},
-        "auto": {"method": "auto"},
-    }.items()
-    if options["method"] in METHODS
-}
-SCIPY = "SciPy gmres"
-INITIALISATIONS = ("default", "identity + noise", "trained")
-PADDINGS = ("zeros", "circular", "reflect", "replicate")
-
-
-@dataclass
-class Trial:
-    """One layer, one batch, one method; one row of the CSV files."""
-
-    case: str
-    batch: int
-    provider: str
-    status: str  # the worst of the samples' statuses
-    iterations: int
-    seconds: float
-    error1_1: float
-    error1_2: float
-    error1_max: float
-    error3_1: float
-    error3_2: float
-    error3_max: float
-
-    @property
-    def error3(self) -> tuple[float, float, float]:
-        """In the 1-, 2- and max-norm."""
-        return self.error3_1, self.error3_2, self.error3_max
-
-
-@dataclass
-class Conditioning:
-    """One layer and how hard it is; one row of conditioning.csv."""
-
-    size: int
-    initialisation: str
-    padding: str
-    condition: float  # of A where it is small enough to be formed, else of its symbol
-    exact: bool
-    border: int  # C × border positions, the most steps that the circulant preconditioner leaves
-    iterations: int
-    status: str
-    error1: float
-    error3: float
+from .solve import solve
 
 
 def trial(
@@ -150,14 +107,19 @@ def initial_layer(seed: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     return nn.Conv2d(3, 3, 3, padding=1).double(), nn.BatchNorm2d(3).double().eval()
 
 
-def random_batches(batches: int, scipy_cycles: int) -> Iterator[Trial]:
-    """Part 1, with SciPy's restart cycles limited: left alone it takes half a minute per batch and gains nothing."""
+def random_batches(batches: int, scipy_cycles: int, alone: bool) -> Iterator[Trial]:
+    """Part 1, with SciPy's restart cycles limited; ``alone``: the first batch also with SciPy's own limit.
+
+    That limit, ten times the number of unknowns in cycles, takes half a minute per batch and gains nothing.
+    """
     for size in (8, 16):
         case = f"{size}x3x8x8"
         for k in range(batches):
             conv, bn = initial_layer(k)
             z = torch.randn(size, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
             yield trial(case, k, SCIPY, z, conv, bn, scipys(conv, bn, scipy_cycles))
+            if alone and (size, k) == (8, 0):
+                yield trial(case, k, SCIPY_ALONE, z, conv, bn, scipys(conv, bn, None))
             for provider in PROVIDERS:
                 yield trial(case, k, provider, z, conv, bn, ours(conv, bn, provider))
 
@@ -241,109 +203,19 @@ def real_images(count: int, crops: Tensor, case: str) -> Iterator[Trial]:
                 yield trial(name, 0, provider, z.to(dtype), conv, bn, ours(conv, bn, provider, rtol))
 
 
-def write_csv(rows: list[Any], path: Path) -> None:
-    """One line per dataclass row."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(rows[0])])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-# What is written: figures and findings
-
-
-def draw_batches(trials: list[Trial], case: str, path: Path) -> None:
-    """error3 of every batch, one panel per norm, one line per method."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), sharey=True, layout="constrained")
-    for panel, (ax, norm) in enumerate(zip(axes, NORMS, strict=True)):
-        for provider in (SCIPY, *PROVIDERS):
-            rows = [t for t in trials if t.case == case and t.provider == provider]
-            style = {"color": "black", "marker": "x"} if provider == SCIPY else {"marker": ".", "alpha": 0.8}
-            ax.semilogy([t.batch for t in rows], [t.error3[panel] for t in rows], label=provider, **style)
-        ax.set(xlabel="batch", title=norm)
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("error3 = ‖BN(Conv(z)) − x‖ / ‖x‖")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    figure.suptitle(f"{case} through Conv2d(3, 3, 3, padding=1) + BatchNorm2d at initial parameters, and back")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_conditioning(rows: list[Conditioning], path: Path) -> None:
-    """Condition number and circulant-preconditioned steps over image size, one panel per initialisation."""
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), sharex=True, sharey="row", layout="constrained")
-    for (upper, lower), initialisation in zip(axes.T, INITIALISATIONS, strict=True):
-        chosen = [r for r in rows if r.initialisation == initialisation]
-        for padding in PADDINGS:
-            line = [r for r in chosen if r.padding == padding]
-            upper.loglog([r.size for r in line], [r.condition for r in line], marker=".", label=padding)
-            lower.loglog([r.size for r in line], [max(r.iterations, 1) for r in line], marker=".")
-        zeros = [r for r in chosen if r.padding == "zeros"]
-        lower.loglog(
-            [r.size for r in zeros], [r.border for r in zeros], color="0.6", ls="--", label="C × border positions"
-        )
-        upper.set_title(initialisation)
-        lower.minorticks_off()
-        lower.set(xlabel="image size", xticks=[r.size for r in zeros], xticklabels=[r.size for r in zeros])
-    axes[0, 0].set_ylabel("condition number")
-    axes[0, 0].legend(title="padding")
-    axes[1, 0].set_ylabel(f"GMRES steps to {RTOL:g}, circulant")
-    axes[1, 0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def findings(trials: list[Trial], conditions: list[Conditioning], images: list[Trial]) -> str:
-    """What the rows say, computed from them."""
-    text = ["# Findings", ""]
-    for case in dict.fromkeys(t.case for t in trials):
-        text.append(
-            f"**{case}.** Median over the batches of error3 (2-norm), its worst, iterations, seconds per batch:"
-        )
-        text += ["", "| method | median | worst | converged | iterations | seconds |", "|---|---|---|---|---|---|"]
-        text += [_table_row([t for t in trials if t.case == case and t.provider == p]) for p in (SCIPY, *PROVIDERS)]
-        text.append("")
-    hard = max(conditions, key=lambda r: r.condition)
-    circular = [r for r in conditions if r.padding == "circular"]
-    failed = [r for r in conditions if r.status != "converged"]
-    text += [
-        f"**Conditioning.** The condition number lies between {min(r.condition for r in conditions):.1e} and "
-        f"{hard.condition:.1e} ({hard.initialisation}, {hard.padding} padding, {hard.size}×{hard.size}). A small "
-        f"error3 is not a recovered z: there error1 is {hard.error1:.1e} at error3 {hard.error3:.1e}. With circular "
-        f"padding the circulant preconditioner is exact: at most "
-        f"{max(r.iterations for r in circular)} steps. "
-        f"With the others it needs at most {max(r.iterations / r.border for r in conditions):.2f} times C × border "
-        "positions. "
-        + (f"{len(failed)} of {len(conditions)} layers were not solved." if failed else "Every layer was solved."),
-        "",
-    ]
-    for case in dict.fromkeys(t.case for t in images):
-        rows = [t for t in images if t.case == case]
-        best = min((t for t in rows if t.status == "converged"), key=lambda t: t.seconds, default=None)
-        text.append(f"**{case}.** No method converged." if best is None else f"**{case}.** {_fastest(best)}")
-    return "\n".join(text) + "\n"
-
-
-def _fastest(t: Trial) -> str:
-    return f"Fastest: {t.provider}, {t.seconds:.2f} s, error3 {t.error3_2:.1e}, error1 {t.error1_2:.1e}."
-
-
-def _table_row(rows: list[Trial]) -> str:
-    errors3 = torch.tensor([t.error3_2 for t in rows])
-    converged = sum(t.status == "converged" for t in rows)
-    seconds = torch.tensor([t.seconds for t in rows]).median()
-    return (
-        f"| {rows[0].provider} | {errors3.median():.1e} | {errors3.max():.1e} | {converged}/{len(rows)} "
-        f"| {max(t.iterations for t in rows)} | {seconds:.3f} |"
-    )
+def large_layer() -> Trial:
+    """Part 4: Conv2d(64, 64, 3, padding=1) + BatchNorm2d on 56×56 images, four of them."""
+    torch.manual_seed(0)
+    conv, bn = nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64, momentum=None)
+    z = torch.rand(4, 64, 56, 56)
+    with torch.no_grad():
+        bn(conv(z))
+    bn.eval()
+    return trial("4x64x56x56 float32, to 1e-4", 0, "auto", z, conv, bn, ours(conv, bn, "auto", 1e-4))
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the three parts and write the CSV files, the pictures and findings.md into ``arguments.out``.
+    """Run the parts (quick: but the last) and write the CSV files, pictures and findings.md into ``arguments.out``.
 
     Returns:
         0, or 1 when ``auto`` failed on a batch.
@@ -358,12 +230,16 @@ def main(arguments: argparse.Namespace) -> int:
     sources = {"crops": crops} if arguments.cifar is None else {"crops": crops, "CIFAR-10": cifar10(arguments.cifar)}
     out.mkdir(parents=True, exist_ok=True)
 
-    trials = list(_shown(random_batches(2 if quick else 30, 20 if quick else 500)))
+    cycles = 20 if quick else 100
+    trials = list(_shown(random_batches(2 if quick else 30, cycles, alone=not quick)))
     conditions = list(_shown(conditioning((8, 12) if quick else (8, 16, 32), crops)))
     count = 8 if quick else 128
     images = [
         t for name, source in sources.items() for t in _shown(real_images(count, source, f"{name} {count}x3x32x32"))
     ]
+
+    if not quick:
+        images += _shown(iter([large_layer()]))
 
     write_csv(trials, out / "random.csv")
     write_csv(conditions, out / "conditioning.csv")
@@ -371,7 +247,7 @@ def main(arguments: argparse.Namespace) -> int:
     for case in dict.fromkeys(t.case for t in trials):
         draw_batches(trials, case, out / f"random_{case}.png")
     draw_conditioning(conditions, out / "conditioning.png")
-    text = findings(trials, conditions, images)
+    text = findings(trials, conditions, images, cycles)
     (out / "findings.md").write_text(text)
     print(f"{text}\nwritten: {out}")
     return 0 if all(t.status == "converged" for t in [*trials, *images] if t.provider == "auto") else 1

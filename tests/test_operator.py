@@ -148,18 +148,54 @@ def test_vector_forms_and_dtypes():
         op.matvec(torch.randn(2, 5, 4, 3))
 
 
-def test_to_scipy_works_inside_scipy():
-    from scipy.sparse.linalg import gmres
-
+def test_to_scipy_is_the_matrix_and_its_adjoint():
     conv, bn = random_layer((2, 4, 4), 2, 3, padding=1)
     op = cb.ConvBNOperator(conv, bn, (2, 4, 4))
     A, matrix = op.to_scipy(), op.to_sparse().to_dense().numpy()
     v = np.random.default_rng(0).standard_normal((32, 3))
     np.testing.assert_allclose(A @ v, matrix @ v, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(A.H @ v, matrix.T @ v, rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(A.H @ v[:, 0], matrix.T @ v[:, 0], rtol=1e-12, atol=1e-13)
-    z, info = gmres(A, matrix @ v[:, 0], rtol=1e-12, restart=32)
-    assert info == 0
-    np.testing.assert_allclose(matrix @ z, matrix @ v[:, 0], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gmres", "lgmres", "gcrotmk", "bicgstab", "qmr", "lsqr", "lsmr", "ours"])
+def test_to_scipy_works_inside_scipys_solvers_and_ours(name):
+    """Products with A alone, and with A and its adjoint (qmr, lsqr, lsmr)."""
+    from scipy.sparse import linalg
+
+    conv, bn = random_layer((2, 4, 4), 2, 3, padding=1)
+    with torch.no_grad():  # near the identity, so that the short recurrences converge as well
+        nn.init.dirac_(conv.weight)
+        conv.weight.add_(0.1 * torch.randn_like(conv.weight))
+        bn.weight.fill_(1)
+    op = cb.ConvBNOperator(conv, bn, (2, 4, 4))
+    z = np.random.default_rng(0).standard_normal(32)
+    b = op.to_sparse().to_dense().numpy() @ z
+    if name in ("lsqr", "lsmr"):
+        found = getattr(linalg, name)(op.to_scipy(), b, atol=1e-13, btol=1e-13)[0]
+    else:
+        solver = cb.gmres if name == "ours" else getattr(linalg, name)
+        options = {"restart": 32} if solver in (cb.gmres, linalg.gmres) else {}
+        found, info = solver(op.to_scipy(), b, rtol=1e-12, **options)
+        assert info == 0
+    np.testing.assert_allclose(found, z, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("out", "stride"), [(1, 1), (2, 2), (5, 1)])
+def test_scipys_least_squares_solvers_find_what_solve_finds(out, stride):
+    """Minimum norm and least squares by LSMR on the same operator, and by LAPACK on the matrix."""
+    from scipy.sparse.linalg import lsmr
+
+    conv, bn = random_layer((2, 6, 6), out, 3, padding=1, stride=stride)
+    op = cb.ConvBNOperator(conv, bn, (2, 6, 6))
+    x = torch.randn(2, *op.output_shape, dtype=torch.float64)
+    result = cb.solve(conv, bn, x, method="lsq", rtol=1e-10, input_shape=(2, 6, 6))
+    rhs = (x.flatten(1) - op.channel_vector(op.offset)).numpy()
+    for z, b in zip(result.z.flatten(1).numpy(), rhs, strict=True):
+        by_lsmr = lsmr(op.to_scipy(), b, atol=1e-14, btol=1e-14, maxiter=5000)[0]
+        by_lapack = np.linalg.lstsq(op.to_sparse().to_dense().numpy(), b, rcond=None)[0]
+        for expected in (by_lsmr, by_lapack):
+            assert np.linalg.norm(z - expected) <= 1e-6 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 6), (4, 7), (2, 3, 4, 5)])

@@ -64,6 +64,10 @@ class BlockLU(LinearMap):
     def __init__(self, plan: BlockPlan, weight: Tensor) -> None: ...
     def solve(self, x: Tensor, scale: Tensor, offset: Tensor, rtol: float, atol: float) -> BlockSolution: ...
 
+class BorderMap(LinearMap):
+    finite: bool
+    def __init__(self, M: LinearMap, A: LinearMap, rows: Tensor, K: Tensor) -> None: ...
+
 class CallableMap(LinearMap):
     def __init__(
         self, apply: Callable[[Tensor], Tensor], apply_adjoint: Callable[[Tensor], Tensor] | None = None

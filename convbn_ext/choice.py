@@ -2,24 +2,19 @@
 
 Costs are seconds on an ordinary machine. Their ratios matter, not their values:
 
-    direct   factor_flops / GEMM + groups · GROUP + B · (one step: 4 R m² flops / GEMM) · REFINEMENTS
+    blocks   factor_flops / GEMM + groups · GROUP + B · (one step: 4 R m² flops / GEMM) · refinements
+    border   2/3 b³ flops / GEMM + b² · ASSEMBLE + B · (one step: two circulant maps and 2 b² flops)
     krylov   s · work of A and M + 4 s² n flops / GEMM + s / B · CALL,  s = border rank + 2 B vectors of a block method
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
-
-from .direct import FACTOR_BYTES, Layout, layouts
+from .border import BorderLayout
+from .direct import CALL, FACTOR_BYTES, FOURIER, GEMM, Layout, best_layouts, direct_seconds, fourier_flops
 from .operator import ConvBNOperator
 from .preconditioners import border_rank
-
-GEMM, STREAM = 3e10, 2e9  # flop/s in products, flop/s elsewhere
-CALL, GROUP = 1e-4, 5e-6  # seconds per Arnoldi step, per group of a factor
-REFINEMENTS = 1.5
 
 
 @dataclass(frozen=True)
@@ -29,26 +24,15 @@ class Choice:
     method: str
     preconditioner: str
     reason: str
-    layout: Layout | None = None
-
-
-def _direct_seconds(layout: Layout, batch: int) -> float:
-    factor = layout.factor_flops / GEMM + layout.groups * GROUP
-    return factor + REFINEMENTS * (batch * layout.solve_flops / GEMM + layout.groups * GROUP)
+    layout: Layout | BorderLayout | None = None
 
 
 def _krylov_seconds(op: ConvBNOperator, batch: int) -> float:
-    n, channels = op.shape[1], op.input_shape[0]
+    n = op.shape[1]
     dimension = min(n, (border_rank(op) if op.has_symbol else n) + 2 * batch)
     taps = op.weight[0].numel()
-    work = n * (2 * taps / GEMM + (30 * math.log2(n + 1) + 8 * channels / op.geometry.groups) / STREAM)
+    work = n * 2 * taps / GEMM + fourier_flops(op) / FOURIER
     return dimension * work + 4.0 * dimension**2 * n / GEMM + dimension / batch * CALL
-
-
-def best_layout(op: ConvBNOperator, batch: int) -> Layout | None:
-    """The cheapest factor that fits in memory."""
-    fitting = [layout for layout in layouts(op) if layout.numbers * torch.float64.itemsize <= FACTOR_BYTES]
-    return min(fitting, key=lambda layout: _direct_seconds(layout, batch), default=None)
 
 
 def choose(op: ConvBNOperator, batch: int, method: str, preconditioner: str) -> Choice:
@@ -74,7 +58,7 @@ def choose(op: ConvBNOperator, batch: int, method: str, preconditioner: str) -> 
         kind = "least squares" if op.shape[0] > op.shape[1] else "minimum norm"
         name = "circulant" if preconditioner == "auto" else preconditioner
         return Choice("lsq", name, f"{kind}, {op.shape[0]} equations for {op.shape[1]} unknowns")
-    layout = best_layout(op, batch)
+    layout = next(iter(best_layouts(op, batch)), None)
     if method == "direct":
         if layout is None:
             raise ValueError(
@@ -90,8 +74,8 @@ def choose(op: ConvBNOperator, batch: int, method: str, preconditioner: str) -> 
         return Choice(method, preconditioner, f"{name}, preconditioner {preconditioner}")
     krylov = "block_gmres" if batch > 1 else "gmres"
     if layout is None:
-        return Choice(krylov, preconditioner, f"preconditioner {preconditioner}: no LU factor fits in memory")
-    factor, iterative = _direct_seconds(layout, batch), _krylov_seconds(op, batch)
+        return Choice(krylov, preconditioner, f"preconditioner {preconditioner}: no factor fits in memory")
+    factor, iterative = direct_seconds(op, layout, batch), _krylov_seconds(op, batch)
     costs = f"estimated {factor:.2g} s for {layout}, {iterative:.2g} s for {krylov}"
     if factor <= iterative:
         return Choice("direct", "lu", costs, layout)

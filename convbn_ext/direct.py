@@ -1,7 +1,8 @@
-"""LU factors of W, the convolution with BN divided out: block-tridiagonal by image rows, or dense (spec S15).
+"""Factors of W, the convolution with BN divided out, and what they cost.
 
-On a CPU csrc/cpu/block_lu_cpu.cpp, which stores one block per group and solves a whole layer in one call; elsewhere
-csrc/block_tridiagonal.cpp, which stores three and is made of torch's matrix products.
+Three kinds: a border system (border.py), LU in blocks of image rows (spec S15), a dense inverse. The latter two are
+made by csrc/cpu/block_lu_cpu.cpp, which stores one block per group and solves a whole layer in one call, on other
+devices by csrc/block_tridiagonal.cpp, which stores three and consists of torch's matrix products.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import torch
 from torch import Tensor
 
 from . import _C
+from .border import BorderLayout, border_layout, factorise_border
 from .cache import remember
 from .geometry import Geometry, stencil_entries
 from .operator import ConvBNOperator
 
 FACTOR_BYTES = 1 << 30  # largest factor that is made
+GEMM, FOURIER = 3e10, 1.2e10  # flop/s in products, in circulant maps
+CALL, GROUP = 1e-4, 5e-6  # seconds per Arnoldi step or map, per group of a factor
+_ASSEMBLE = 3e-8  # seconds per number of a border system
+_REFINEMENTS = 1.5  # of LU in blocks; 1 of a border system in float64, 2 in float32
+_TOLERABLE_LOSS = 1e-2  # two digits a step
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,34 @@ def layouts(op: ConvBNOperator) -> list[Layout]:
             groups = -(-size // rows)
             result.append(Layout(axis, rows, groups, rows * (n // size)))
     return result
+
+
+def fourier_flops(op: ConvBNOperator) -> float:
+    """Flops, at the rate of FOURIER, of one product with a circulant map per right-hand side."""
+    n, channels = op.shape[1], op.input_shape[0]
+    return n * (30 * math.log2(n + 1) + 8 * channels / op.geometry.groups)
+
+
+def direct_seconds(op: ConvBNOperator, layout: Layout | BorderLayout, batch: int) -> float:
+    """Estimate for the factor and as many solves as refinement usually takes."""
+    if isinstance(layout, BorderLayout):
+        setup = layout.factor_flops / GEMM + _ASSEMBLE * layout.numbers + 20 * CALL
+        step = 2 * fourier_flops(op) / FOURIER + 2.0 * layout.numbers / GEMM
+        return setup + (1 if layout.dtype == torch.float64 else 2) * (batch * step + 2 * CALL)
+    factor = layout.factor_flops / GEMM + layout.groups * GROUP
+    return factor + _REFINEMENTS * (batch * layout.solve_flops / GEMM + layout.groups * GROUP)
+
+
+def best_layouts(op: ConvBNOperator, batch: int) -> list[Layout | BorderLayout]:
+    """The border system and the cheapest LU, as far as they fit in memory, the cheaper one first."""
+    fitting = [layout for layout in layouts(op) if layout.numbers * torch.float64.itemsize <= FACTOR_BYTES]
+    found: list[Layout | BorderLayout] = []
+    if fitting:
+        found.append(min(fitting, key=lambda layout: direct_seconds(op, layout, batch)))
+    border = border_layout(op, FACTOR_BYTES)
+    if border is not None:
+        found.append(border)
+    return sorted(found, key=lambda layout: direct_seconds(op, layout, batch))
 
 
 @lru_cache(maxsize=8)
@@ -136,12 +171,47 @@ def factorise_by_products(op: ConvBNOperator, layout: Layout) -> _C.BlockTridiag
     return result if result.finite else None
 
 
-def cached_factor(op: ConvBNOperator, layout: Layout) -> _C.BlockLU | _C.BlockTridiagonalMap | None:
-    """``factorise``, remembered while the weight keeps its values.
+def loss(op: ConvBNOperator, M: _C.LinearMap) -> float:
+    """‖v − W M v‖ / ‖v‖ for a random v: what a step of refinement with M leaves at worst."""
+    v = torch.randn(1, op.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(op.device)
+    rest = v - op.conv_map.apply(M.apply(v))
+    found = float(torch.linalg.vector_norm(rest) / torch.linalg.vector_norm(v))
+    return found if math.isfinite(found) else math.inf
 
-    Without pivoting between blocks a factor loses up to 14 digits, so float32 would be of no use. First residuals of
-    random right-hand sides, 24 layers of default initialisation, 3 × 32 × 32: float32 2e-3 … 2e6, median 1; float64
-    4e-12 … 1e-3, median 6e-9, and one to two digits more from both ends than from one.
+
+@dataclass(frozen=True)
+class Factor:
+    """M ≈ W⁻¹, None where nothing could be factored, and what is worth knowing about it."""
+
+    map: _C.LinearMap | None
+    note: str = ""
+
+
+def make_factor(op: ConvBNOperator, layout: Layout | BorderLayout) -> Factor:
+    """The factor asked for, or one of the other kind where that one loses too many digits.
+
+    Blocks are pivoted inside only and lose up to eps·cond³, a border system loses eps·cond, but a nearly singular
+    symbol spoils it. ``loss`` of 18 layers (default initialisation, three paddings): blocks 6e-12 … 2e1 at 3 × 32 × 32
+    and 2e-6 … 4e10 at 3 × 64 × 64, border systems 2e-14 … 2e-2 and 4e-11 … 5e-1.
     """
-    key = ("lu", op.geometry, op.input_shape, layout)
-    return remember(key, op.weight, lambda: factorise(op, layout))
+    kinds = [layout, *(other for other in best_layouts(op, 1) if type(other) is not type(layout))]
+    tried: list[tuple[float, _C.LinearMap, Layout | BorderLayout]] = []
+    for kind in kinds:
+        M: _C.LinearMap | None
+        M = factorise_border(op, kind) if isinstance(kind, BorderLayout) else factorise(op, kind)
+        if M is not None:
+            tried.append((loss(op, M), M, kind))
+            if tried[-1][0] <= _TOLERABLE_LOSS:
+                break
+    if not tried:
+        return Factor(None)
+    lost, M, kind = min(tried, key=lambda found: found[0])
+    notes = [f"{layout} was too inaccurate: {kind}"] if kind is not layout else []
+    if lost > 0.1:
+        notes.append("the layer is singular to rounding: for some x no digit is right")
+    return Factor(M, "; ".join(notes))
+
+
+def cached_factor(op: ConvBNOperator, layout: Layout | BorderLayout) -> Factor:
+    """``make_factor``, remembered while the weight keeps its values."""
+    return remember(("lu", op.geometry, op.input_shape, layout), op.weight, lambda: make_factor(op, layout))

@@ -15,6 +15,7 @@ One adjoint solve with the transposed preconditioner or the same factor, and tor
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def invert(conv: Any, bn: Any, x: Tensor, *, stats: Any = "running", **options: 
         bn: batch normalisation.
         x: (N, C_out, *out).
         stats: "running"; (mean, var), which receive gradients; or "batch", where var is a function of x, γ and β.
-        **options: as for ``solve``. A callable preconditioner serves the forward pass only. x0 gets no gradient.
+        **options: as for ``solve``. A callable preconditioner M serves the backward pass too where its attribute
+            ``rmatvec`` gives Mᵀ, (B, C_in, *spatial) -> (B, C_out, *out). x0 gets no gradient.
 
     Returns:
         z (N, C_in, *spatial). Least squares returns the least-squares z also where no z gives x.
@@ -55,9 +57,13 @@ def invert(conv: Any, bn: Any, x: Tensor, *, stats: Any = "running", **options: 
         ConvergenceError: a sample did not converge, here or in the backward pass; ``error.result`` tells which.
         TypeError: as for ``solve``.
         ValueError: as for ``solve``.
+
+    Under ``torch.func.vmap`` x may have extra batch dimensions; they are solved as one batch. The layer may not.
     """
-    if torch._C._functorch.is_batchedtensor(x):
-        raise TypeError("invert: does not work under torch.func.vmap; x has a batch dimension: put all samples there")
+    if torch._C._functorch.is_batchedtensor(x) and ((isinstance(stats, str) and stats == "batch") or "x0" in options):
+        raise TypeError(
+            'invert: stats="batch" and x0 do not work under torch.func.vmap: put all samples into one batch'
+        )
     if isinstance(stats, str) and stats == "batch":
         checked = solve(conv, bn, x, stats="batch", **options)  # the consistency of x is its business
         _raise_unless_solved(checked)
@@ -68,7 +74,7 @@ def invert(conv: Any, bn: Any, x: Tensor, *, stats: Any = "running", **options: 
     else:
         mean, var = stats
     parameters = (conv.weight, conv.bias, bn.weight, bn.bias, mean, var)
-    return _Invert.apply(conv, bn, stats, options, x, *parameters)  # type: ignore[no-any-return]
+    return _Invert.apply(_Problem(conv, bn, stats, options), x, *parameters)  # type: ignore[no-any-return]
 
 
 def _raise_unless_solved(result: SolveResult) -> None:
@@ -83,26 +89,52 @@ def _raise_unless_solved(result: SolveResult) -> None:
         )
 
 
+@dataclass
+class _Problem:
+    """What ``solve`` needs beside tensors that carry gradients, and what it found."""
+
+    conv: Any
+    bn: Any
+    stats: Any
+    options: dict[str, Any]
+    result: SolveResult | None = None
+
+
 class _Invert(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, conv: Any, bn: Any, stats: Any, options: dict[str, Any], x: Tensor, *parameters: Tensor | None
-    ) -> Tensor:
+    def forward(problem: _Problem, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        stats = problem.stats
         frozen: Any = stats if isinstance(stats, str) else tuple(torch.as_tensor(s).detach() for s in stats)
-        result = solve(conv, bn, x, stats=frozen, **options)
+        result = solve(problem.conv, problem.bn, x, stats=frozen, **problem.options)
         _raise_unless_solved(result)
-        ctx.conv, ctx.bn, ctx.options, ctx.result = conv, bn, options, result
-        ctx.save_for_backward(x, result.z, options.get("x0"), *parameters)
+        problem.result = result
         return result.z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        problem, x, *parameters = inputs
+        ctx.problem = problem
+        ctx.save_for_backward(x, output, problem.options.get("x0"), *parameters)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], problem: _Problem, x: Tensor, *parameters: Any) -> tuple[Tensor, int]:
+        if any(dim is not None for dim in in_dims[2:]):
+            raise TypeError(
+                "invert: torch.func.vmap over parameters or statistics of the layer: they must be the same for all x"
+            )
+        z = _Invert.apply(problem, x.movedim(in_dims[1], 0).flatten(0, 1), *parameters)
+        return z.unflatten(0, (info.batch_size, -1)), 0
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         x, z, z0, *parameters = ctx.saved_tensors
-        result, conv = ctx.result, ctx.conv
+        problem: _Problem = ctx.problem
+        conv, bn, result = problem.conv, problem.bn, problem.result
+        assert result is not None
         op = result.operator
         g = grad_z.double().flatten(1)
-        rtol = ctx.options.get("rtol", 1e-6)
+        rtol = problem.options.get("rtol", 1e-6)
         second = None  # (cotangent of A v, v), flattened
         if result.method == "lsq":
             normal = {"precondition": result.preconditioner == "circulant", "rtol": rtol}
@@ -117,26 +149,28 @@ class _Invert(torch.autograd.Function):
                 residual = x.double().flatten(1) - op.channel_vector(op.offset) - op.map.apply(z.double().flatten(1))
                 second = (residual, w)
         else:
-            asked = (
-                "auto"
-                if result.method not in ("gmres", "block_gmres") or result.preconditioner == "callable"
-                else result.preconditioner
-            )
+            # a callable without Mᵀ serves A alone; the adjoint system then gets the preconditioner that auto would take
+            user = problem.options.get("preconditioner", "auto")
+            given = user if callable(user) and hasattr(user, "rmatvec") else None
+            krylov = result.method in ("gmres", "block_gmres") and not callable(user)
+            asked = "callable" if given is not None else result.preconditioner if krylov else "auto"
             choice = choose(op, len(g), result.method, asked)
             norm = torch.linalg.vector_norm(g, dim=1)
-            options = KrylovOptions(x.dtype, ctx.options.get("restart"), ctx.options.get("maxiter"))
-            lam = _settled(run_transpose(op, choice, g, Target(rtol * norm, norm), options))
+            options = KrylovOptions(x.dtype, problem.options.get("restart"), problem.options.get("maxiter"))
+            lam = _settled(
+                run_transpose(op, choice, given or choice.preconditioner, g, Target(rtol * norm, norm), options)
+            )
 
-        needed = [p is not None and need for p, need in zip(parameters, ctx.needs_input_grad[5:], strict=True)]
+        needed = [p is not None and need for p, need in zip(parameters, ctx.needs_input_grad[2:], strict=True)]
         gradients: list[Tensor | None] = [None] * len(parameters)
         if any(needed):
             with torch.enable_grad():
                 leaves = [None if p is None else p.detach().double().requires_grad_() for p in parameters]
                 lam_x = lam.reshape(x.shape)
-                value = -(lam_x * _layer(conv, ctx.bn.eps, z.double(), leaves)).sum()
+                value = -(lam_x * _layer(conv, bn.eps, z.double(), leaves)).sum()
                 if second is not None:
                     v = second[1].reshape(z.shape)
-                    linear = _layer(conv, ctx.bn.eps, v, leaves) - _layer(conv, ctx.bn.eps, torch.zeros_like(v), leaves)
+                    linear = _layer(conv, bn.eps, v, leaves) - _layer(conv, bn.eps, torch.zeros_like(v), leaves)
                     value = value + (second[0].reshape(x.shape) * linear).sum()
                 wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need and leaf is not None]
                 found = iter(torch.autograd.grad(value, wanted, allow_unused=True))
@@ -144,8 +178,8 @@ class _Invert(torch.autograd.Function):
                 if need:
                     gradient = next(found)
                     gradients[i] = None if gradient is None else gradient.to(p.dtype)
-        grad_x = lam.reshape(x.shape).to(x.dtype) if ctx.needs_input_grad[4] else None
-        return (None, None, None, None, grad_x, *gradients)
+        grad_x = lam.reshape(x.shape).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return (None, grad_x, *gradients)
 
 
 def _settled(outcome: Any) -> Tensor:

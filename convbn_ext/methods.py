@@ -107,7 +107,10 @@ def gmres(system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target
     """Solve A z = rhs by right-preconditioned GMRES in cycles, with float64 residuals between them.
 
     Each row is divided by its target, so that "solved" is ‖residual‖ ≤ 1 for all of them and a row's path does not
-    depend on the others.
+    depend on the others. Where M may differ from call to call: FGMRES, with twice the basis.
+
+    A cycle may be twice as long as the steps that exact arithmetic needs (the basis grows as it is used); the batch is
+    cut so that these fit in BASIS_BYTES, and where they do not fit even for one row, the note says so.
 
     Args:
         system: L A and M.
@@ -117,18 +120,14 @@ def gmres(system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target
         options: cycle length and limits.
     """
     B, n = rhs.shape
-    expected = system.steps + 2 * B if options.block else system.steps  # a block needs rank + 2 B dimensions
-    restart = min(options.restart or expected, n)
+    expected = min(n, system.steps + 2 * B if options.block else system.steps)  # a block needs rank + 2 B dimensions
+    restart = min(options.restart or 2 * expected, n)
     maxiter = options.maxiter or max(2 * n, 100)
-    vector_bytes = n * options.dtype.itemsize
-    part = B if options.block else max(1, min(B, BASIS_BYTES // ((restart + 1) * vector_bytes)))
+    vector_bytes = n * options.dtype.itemsize * (2 if system.flexible else 1)
+    part = B if options.block else max(1, min(B, BASIS_BYTES // ((min(restart, expected) + 1) * vector_bytes)))
     unit = target.norm * system.left.abs().min()  # ‖L r‖ ≤ unit implies ‖r‖ ≤ target
     unit = torch.where(unit > 0, unit, 1)[:, None]
     to_relative = target.norm / torch.where(target.scale > 0, target.scale, 1)
-    M = system.right
-    if M is not None and not isinstance(M, _C.LinearMap):
-        M = _C.CallableMap(M)
-
     result = Outcome.unsolved(rhs, n, "maxiter")
     notes = []
     for first in range(0, B, part):
@@ -143,12 +142,13 @@ def gmres(system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target
             system.matrix,
             rhs[rows] * system.left / unit[rows],
             None if z0 is None else z0[rows] / unit[rows],
-            M,
+            system.right,
             rtol=0.0,
             atol=1.0,
             restart=restart,
             maxiter=maxiter,
             max_basis_bytes=max(BASIS_BYTES, 3 * vector_bytes),
+            flexible=system.flexible,
             inner_dtype=options.dtype,
             on_step=report if options.on_step else None,
         )
@@ -156,10 +156,13 @@ def gmres(system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target
         history = [torch.tensor(h, dtype=torch.float64) * f for h, f in zip(solved.history, factor, strict=True)]
         iterations = torch.tensor(solved.iterations, dtype=torch.long)
         result.put(index, Outcome(solved.x * unit[rows], solved.status, iterations, history))
-        if solved.basis_limited:
-            notes.append(f"the basis is limited to {BASIS_BYTES >> 20} MiB, so restart is {solved.restart}")
-    if options.restart is not None and options.restart < system.steps:
-        notes.append(f"restart {options.restart} is below the {system.steps} steps that convergence may need")
+        if solved.basis_limited and solved.restart < min(restart, expected):
+            notes.append(
+                f"the basis is limited to {BASIS_BYTES >> 20} MiB, so restart is {solved.restart}, below the "
+                f"{expected} steps that convergence may need"
+            )
+    if options.restart is not None and options.restart < expected:
+        notes.append(f"restart {options.restart} is below the {expected} steps that convergence may need")
     result.note = "; ".join(dict.fromkeys(notes))
     return result
 
@@ -174,7 +177,7 @@ def refine(
     """
     B, n = rhs.shape
     M = system.right
-    assert isinstance(M, _C.LinearMap)
+    assert M is not None
     z = rhs.new_zeros(B, n) if z0 is None else z0.clone()
     residual = rhs.clone() if z0 is None else rhs - A.apply(z)
     norm = torch.linalg.vector_norm(residual, dim=1)

@@ -3,7 +3,8 @@
     none       L = Γ⁻¹ (BN divided out: L A = W), M = I                                (spec S9)
     row        L = diag(1 / max_j |a_ij|),        M = I                                (spec S11)
     circulant  L = Γ⁻¹,  M = the inverse of the circular convolution with W's stencil  (spec S15)
-    callable   L = 1,    M = what the caller gives: residuals (B, C_out, *out) -> corrections (B, C_in, *spatial)
+    callable   L = 1,    M = what the caller gives: residuals (B, C_out, *out) -> corrections (B, C_in, *spatial), any
+               function of them and of the call; its attribute ``rmatvec``, if it has one, is Mᵀ, the way back
 
 GMRES sees L A M, so it monitors ‖L r‖; ‖r‖ ≤ ‖L r‖ / min |L| turns a target for r into one for L r.
 """
@@ -34,25 +35,25 @@ class Preconditioned:
         right: M, or None for the identity.
         steps: GMRES steps that suffice in exact arithmetic.
         note: what the caller should know, or "".
+        flexible: M may differ from call to call.
     """
 
     left: Tensor
     matrix: _C.LinearMap
-    right: _C.LinearMap | Correction | None
+    right: _C.LinearMap | None
     steps: int
     note: str = ""
+    flexible: bool = False
 
     def transpose(self) -> Preconditioned:
         """The system (L A)ᵀ μ = g with the preconditioner Mᵀ; λ = L μ solves Aᵀ λ = g."""
-        right = self.right
-        if right is not None and not isinstance(right, _C.LinearMap):
-            raise TypeError("a callable preconditioner has no transpose")
         return Preconditioned(
             torch.ones_like(self.left),
             _C.AdjointMap(self.matrix),
-            None if right is None else _C.AdjointMap(right),
+            None if self.right is None else _C.AdjointMap(self.right),
             self.steps,
             self.note,
+            self.flexible,
         )
 
 
@@ -125,9 +126,26 @@ def precondition(op: ConvBNOperator, which: str | Correction, dtype: torch.dtype
         note = f"{replaced} singular values of the symbol are below rounding and were replaced" if replaced else ""
         return Preconditioned(divide_out, op.conv_map, right, min(n, border_rank(op) + replaced + 1), note)
     assert callable(which)
-    user = which
+    return Preconditioned(torch.ones_like(divide_out), op.map, _callable_map(op, which), n, flexible=True)
 
-    def on_rows(v: Tensor) -> Tensor:
-        return user(v.reshape(-1, *op.output_shape)).reshape(-1, n)
 
-    return Preconditioned(torch.ones_like(divide_out), op.map, on_rows, n)
+def _callable_map(op: ConvBNOperator, user: Correction) -> _C.CallableMap:
+    """The caller's M, and Mᵀ where there is one, on flattened rows."""
+
+    def on_rows(apply: Correction, source: tuple[int, ...], n: int) -> Correction:
+        def call(v: Tensor) -> Tensor:
+            result = apply(v.reshape(-1, *source))
+            if not isinstance(result, Tensor) or result.numel() != len(v) * n:
+                shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+                raise ValueError(
+                    f"solve: preconditioner must map {(len(v), *source)} to {len(v)} × {n} numbers, got {shape}"
+                )
+            return result.reshape(-1, n)
+
+        return call
+
+    transpose = getattr(user, "rmatvec", None)
+    m, n = op.shape
+    return _C.CallableMap(
+        on_rows(user, op.output_shape, n), None if transpose is None else on_rows(transpose, op.input_shape, m)
+    )

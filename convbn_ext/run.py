@@ -19,11 +19,13 @@ _STEPS_ON_LU = 50  # GMRES steps per cycle with an LU factor as preconditioner
 
 
 def solve_at_once(op: ConvBNOperator, choice: Choice, x: Tensor, rtol: float, atol: float) -> _C.BlockSolution | None:
-    """The direct method on a CPU as one call, from x to rounded z with its true residual; None where there is none."""
-    factor = cached_factor(op, choice.layout) if choice.method == "direct" and choice.layout is not None else None
-    if not isinstance(factor, _C.BlockLU):
+    """Blocks of rows on a CPU in one call, from x to rounded z with its true residual; None where there are none."""
+    if choice.method != "direct" or choice.layout is None:
         return None
-    return factor.solve(x.detach().flatten(1), op.scale, op.offset, rtol, atol)
+    factor = cached_factor(op, choice.layout)
+    if not isinstance(factor.map, _C.BlockLU) or factor.note:
+        return None
+    return factor.map.solve(x.detach().flatten(1), op.scale, op.offset, rtol, atol)
 
 
 def run(
@@ -49,11 +51,19 @@ def run(
     return _with_note(result, system.note, singular=choice.method == "fft")
 
 
-def run_transpose(op: ConvBNOperator, choice: Choice, rhs: Tensor, target: Target, options: KrylovOptions) -> Outcome:
+def run_transpose(
+    op: ConvBNOperator,
+    choice: Choice,
+    preconditioner: str | Correction,
+    rhs: Tensor,
+    target: Target,
+    options: KrylovOptions,
+) -> Outcome:
     """Solve Aᵀ λ = rhs for a square operator with the transposed preconditioner or the same factor."""
     if choice.method == "direct":
         return _direct(op, choice, rhs, None, target, options, transpose=True)
-    system, options = _system(op, choice.method, choice.preconditioner, options)
+    which = preconditioner if callable(preconditioner) else choice.preconditioner
+    system, options = _system(op, choice.method, which, options)
     left, system = system.left, system.transpose()
     if choice.method in ("gmres", "block_gmres"):
         result = gmres(system, rhs, None, target, replace(options, block=choice.method == "block_gmres"))
@@ -91,27 +101,47 @@ def _direct(
     """LU with float64 residuals, GMRES steps on it where refinement is slow, and without it where it is of no use."""
     assert choice.layout is not None
     factor = cached_factor(op, choice.layout)
-    result, note = Outcome.unsolved(rhs, op.shape[1], "breakdown"), "a pivot block is singular"
-    if factor is not None:
+    result, notes = Outcome.unsolved(rhs, op.shape[1], "breakdown"), ["a pivot block is singular"]
+    settled = torch.zeros(len(rhs), dtype=torch.bool)  # as well as rounding allows
+    if factor.map is not None:
         left = op.channel_vector(1 / op.scale)
-        system = Preconditioned(left, op.conv_map, factor, min(op.shape[1], _STEPS_ON_LU))
+        system = Preconditioned(left, op.conv_map, factor.map, min(op.shape[1], _STEPS_ON_LU))
         exact = replace(options, dtype=torch.float64)
         if transpose:
             system = system.transpose()
             result = refine(system.matrix, system, rhs, None, target, exact)
-            result.z *= left
         else:
             result = refine(op.map, system, rhs, z0, target, exact)
-        note = "the LU factor is too inaccurate"
-    failed = [i for i, status in enumerate(result.status) if status != "converged"]
-    if failed:
-        rows = torch.tensor(failed, device=rhs.device)
-        which = "circulant" if op.has_symbol and op.input_shape == op.output_shape else "row"
-        instead = Choice("block_gmres" if len(failed) > 1 else "gmres", which, "")
+        missed = torch.tensor([status != "converged" for status in result.status], dtype=torch.bool)
+        if missed.any():
+            settled[missed] = _limited_by_rounding(system, rhs[missed], result.z[missed], float(op.weight.norm()))
+        notes = [factor.note, result.note]
         if transpose:
-            part = run_transpose(op, instead, rhs[rows], target[rows], options)
+            result.z *= left
+    failed = [i for i, status in enumerate(result.status) if status != "converged"]
+    rows = torch.tensor([i for i in failed if not settled[i]], dtype=torch.long, device=rhs.device)
+    if len(rows) < len(failed):
+        notes.append("z is so large that its rounding in float64 alone exceeds the tolerance")
+    if len(rows):
+        which = "circulant" if op.has_symbol and op.input_shape == op.output_shape else "row"
+        instead = Choice("block_gmres" if len(rows) > 1 else "gmres", which, "")
+        if transpose:
+            part = run_transpose(op, instead, which, rhs[rows], target[rows], options)
         else:
             part = run(op, instead, which, rhs[rows], z0 if z0 is None else z0[rows], target[rows], options)
         result.extend(rows, part)
-        result.note = "; ".join(filter(None, [f"{note}: {instead.method}, preconditioner {which}, instead", part.note]))
+        notes += [f"the factor is of no use: {instead.method}, preconditioner {which}, instead", part.note]
+    result.note = "; ".join(filter(None, notes))
     return result
+
+
+def _limited_by_rounding(system: Preconditioned, rhs: Tensor, z: Tensor, norm: float) -> Tensor:
+    """Rows (B,) whose residual is that of a rounded z, ~ eps·‖W‖·‖z‖, and whose z another step would not change.
+
+    No method can go below that. A z that does change is large by accident (W is numerically singular), and a smaller
+    one may exist.
+    """
+    residual = system.left * rhs - system.matrix.apply(z)
+    assert system.right is not None
+    size, rest, step = (torch.linalg.vector_norm(v, dim=1) for v in (z, residual, system.right.apply(residual)))
+    return ((rest <= 16 * torch.finfo(z.dtype).eps * norm * size) & (step <= 1e-2 * size)).cpu()

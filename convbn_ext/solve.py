@@ -108,7 +108,7 @@ def solve(
             (least squares or minimum norm, for any stride and number of channels), or "auto", which takes the cheapest
             and says why.
         preconditioner: for GMRES: "auto", "circulant", "row", "none", or a callable that maps residuals (B, C_out,
-            *out) to corrections (B, C_in, *spatial), linearly.
+            *out) to corrections (B, C_in, *spatial); it may be nonlinear and change from call to call (FGMRES).
         stats: "running", (mean, var), each (C_out,), or "batch".
         rtol: relative tolerance.
         atol: absolute tolerance.
@@ -206,7 +206,10 @@ def _solve_in_steps(
     if live is None:
         residual = rhs - op.map.apply(z.double())
     else:
-        residual = given - forward_live(z.reshape(-1, *op.input_shape), conv, bn)[0].flatten(1)
+        again, var = forward_live(z.reshape(-1, *op.input_shape), conv, bn)
+        residual = given - again.flatten(1)
+        expected = live.var.detach()
+        reason += f"; var(Conv(z)) is σ² to {float(((var - expected) / expected.clamp_min(bn.eps)).abs().max()):.0e}"
     norms = torch.linalg.vector_norm(residual, dim=1)
     met = (norms <= target.norm).tolist()
     status = ["converged" if m else s for m, s in zip(met, outcome.status, strict=True)]

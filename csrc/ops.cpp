@@ -7,6 +7,7 @@
 namespace convbn {
 void bind_block_lu(pybind11::module_& m);           // cpu/block_lu_cpu.cpp
 void bind_block_tridiagonal(pybind11::module_& m);  // block_tridiagonal.cpp
+void bind_border(pybind11::module_& m);             // border.cpp
 void bind_gmres(pybind11::module_& m);              // gmres_bindings.cpp
 void bind_linear_maps(pybind11::module_& m);        // linear_map.cpp
 void bind_matrix_maps(pybind11::module_& m);        // matrix_map.cpp
@@ -56,5 +57,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   convbn::bind_matrix_maps(m);
   convbn::bind_block_lu(m);
   convbn::bind_block_tridiagonal(m);
+  convbn::bind_border(m);
   convbn::bind_gmres(m);
 }

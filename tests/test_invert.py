@@ -1,6 +1,10 @@
 """Spec S12 and the differentiable inverse: gradients by finite differences, failures that raise, live statistics."""
 
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +67,25 @@ def test_gradients_of_least_squares(shape, out, options):
     assert torch.autograd.gradcheck(call, leaves(conv, bn, x), fast_mode=True)
 
 
+@pytest.mark.parametrize(
+    ("shape", "out", "solver"),
+    [
+        ((2, 1, 3), 2, {"method": "gmres"}),
+        ((2, 1, 3), 2, {"method": "direct"}),
+        ((2, 1, 3), 1, {}),
+        ((1, 1, 3), 2, {}),
+    ],
+    ids=["gmres", "direct", "minimum norm", "least squares"],
+)
+def test_whole_jacobian_of_nonsymmetric_layers(shape, out, solver):
+    """Every entry by finite differences (not fast mode), in x and all parameters."""
+    conv, bn = random_layer(shape, out, (1, 3), seed=7, padding=(0, 1))
+    A = cb.ConvBNOperator(conv, bn, shape).to_sparse().to_dense()
+    assert A.shape[0] != A.shape[1] or float((A - A.T).norm()) > 0.1 * float(A.norm())
+    x = torch.randn(1, out, *shape[1:], dtype=torch.float64)
+    assert torch.autograd.gradcheck(inverse_of_everything(conv, bn, **TIGHT, **solver), leaves(conv, bn, x))
+
+
 def test_gradients_of_minimum_norm_from_a_start_vector():
     conv, bn = random_layer((2, 4, 3), 1, 3, seed=6, padding=1)
     x, x0 = torch.randn(2, 1, 4, 3).double(), torch.randn(2, 2, 4, 3).double()
@@ -120,10 +143,72 @@ def test_backward_failures_raise_too():
         found.sum().backward()
 
 
-def test_vmap_is_refused():
+def test_backward_of_least_squares_raises_where_gradients_do_not_exist():
+    """A with a null space: the least-squares z is not unique, and a gradient along the null space has no answer."""
+    conv, bn = random_layer((2, 3, 3), 3, 3, padding=1)
+    with torch.no_grad():
+        conv.weight[:, 1] = conv.weight[:, 0]  # z and its channels exchanged give one x
+    x = forward(torch.randn(1, 2, 3, 3), conv, bn).requires_grad_()
+    z = cb.invert(conv, bn, x, rtol=1e-8)
+    with pytest.raises(cb.ConvergenceError, match="backward pass failed for samples 0: "):
+        z[:, 0].sum().backward()
+
+
+class Jacobi:
+    """A preconditioner of the caller, M = (1 + ε) inverse of A, with its transpose; both count their calls."""
+
+    def __init__(self, op):
+        self.inverse = torch.linalg.inv(op.to_sparse().to_dense())
+        self.calls = self.transposed = 0
+
+    def __call__(self, r):
+        self.calls += 1
+        return (r.flatten(1) @ self.inverse.T).reshape(r.shape)
+
+    def rmatvec(self, c):
+        self.transposed += 1
+        return (c.flatten(1) @ self.inverse).reshape(c.shape)
+
+
+@pytest.mark.parametrize("method", ["gmres", "block_gmres"])
+@pytest.mark.parametrize("transpose", [True, False])
+def test_callable_preconditioner_in_the_adjoint_solve(method, transpose):
+    """With ``rmatvec`` the caller's Mᵀ is used; without, the adjoint system is solved all the same."""
+    conv, bn, _, x = trained_layer((2, 5, 5), 2)
+    op = cb.ConvBNOperator(conv, bn, (2, 5, 5))
+    M = Jacobi(op)
+    x.requires_grad_()
+    z = cb.invert(conv, bn, x, method=method, preconditioner=M if transpose else M.__call__, rtol=1e-10)
+    (gradient,) = torch.autograd.grad(z.square().sum(), x)
+    exact = (2 * z.detach().flatten(1)) @ M.inverse
+    assert (gradient.flatten(1) - exact).norm() <= 1e-7 * exact.norm()
+    assert 0 < M.calls <= 6
+    assert (0 < M.transposed <= 6) == transpose
+
+
+def test_vmap_over_extra_batch_dimensions():
     conv, bn, _, x = trained_layer((3, 6, 6), 2)
-    with pytest.raises(TypeError, match=r"does not work under torch\.func\.vmap"):
-        torch.func.vmap(lambda x: cb.invert(conv, bn, x))(x[None])
+    X = torch.stack([x, 2 * x, x - 1]).requires_grad_()
+    together = torch.func.vmap(lambda x: cb.invert(conv, bn, x, **TIGHT))(X)
+    apart = torch.stack([cb.invert(conv, bn, x, **TIGHT) for x in X])
+    torch.testing.assert_close(together, apart, rtol=1e-8, atol=1e-8)
+    probe = torch.randn_like(apart)
+    for got, expected in zip(
+        *(torch.autograd.grad((z * probe).sum(), (X, conv.weight, bn.weight)) for z in (together, apart)), strict=True
+    ):
+        assert (got - expected).norm() <= 1e-7 * expected.norm()
+    twice = torch.func.vmap(torch.func.vmap(lambda x: cb.invert(conv, bn, x, **TIGHT), in_dims=1), in_dims=2)
+    moved = X.detach()[None].expand(2, -1, -1, -1, -1, -1).permute(2, 1, 0, 3, 4, 5)  # (N, 3, 2, C, H, W)
+    torch.testing.assert_close(twice(moved)[1], apart.detach(), rtol=1e-8, atol=1e-8)
+
+
+def test_what_vmap_cannot_do_is_refused():
+    conv, bn, z, x = trained_layer((3, 6, 6), 2)
+    for options in ({"stats": "batch"}, {"x0": z}):
+        with pytest.raises(TypeError, match=r'stats="batch" and x0 do not work under torch\.func\.vmap'):
+            torch.func.vmap(lambda x, options=options: cb.invert(conv, bn, x, **options))(x[None])
+    with pytest.raises(TypeError, match=r"vmap over parameters or statistics of the layer"):
+        torch.func.vmap(lambda mean: cb.invert(conv, bn, x, stats=(mean, bn.running_var)))(bn.running_mean[None])
 
 
 def live_layer(N=6, dtype=torch.float64, **options):
@@ -148,6 +233,7 @@ def test_batch_statistics_recover_z(mode):
         nn.functional.batch_norm(y, None, None, bn.weight, bn.bias, True), x, rtol=1e-7, atol=1e-7
     )
     assert (result.z - z).norm() <= 1e-5 * z.norm()  # the variance in closed form is the true one
+    assert float(re.search(r"var\(Conv\(z\)\) is σ² to (\S+)$", result.reason).group(1)) < 1e-6
     assert all(torch.equal(before[k], v) for k, v in bn.state_dict().items())
 
 
@@ -207,3 +293,13 @@ def test_gradient_through_batch_statistics():
     lam = torch.linalg.solve(W.T, probe.flatten(1).T).T.reshape(3, 3, 8, 8)
     expected = ((lam - lam.mean((0, 2, 3), keepdim=True)).flatten(1) @ W).reshape(z.shape)
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_the_example_of_the_readme_recovers_unseen_images():
+    script = Path(__file__).parent.parent / "examples" / "invert_trained_layer.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "solved:  297 of 297 converged" in done.stdout
+    assert float(re.search(r"error1 .*?\s([\d.e+-]+)\n", done.stdout).group(1)) < 1e-3
+    readme = (script.parent.parent / "README.md").read_text()
+    assert "examples/invert_trained_layer.py" in readme

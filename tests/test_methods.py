@@ -1,7 +1,5 @@
 """Spec S15 and S16: FFT, LU, least squares and the choice between methods."""
 
-import itertools
-
 import pytest
 import torch
 from layers import MODES, random_bn, random_layer, trained_layer
@@ -9,7 +7,17 @@ from torch import nn
 
 import convbn_ext as cb
 from convbn_ext import _C, cache
-from convbn_ext.direct import factorise, factorise_by_products, layouts
+from convbn_ext.border import BorderLayout, border_layout, factorise_border
+from convbn_ext.direct import (
+    FACTOR_BYTES,
+    Factor,
+    best_layouts,
+    factorise,
+    factorise_by_products,
+    layouts,
+    loss,
+    make_factor,
+)
 from convbn_ext.errors import forward
 
 
@@ -39,9 +47,13 @@ def test_every_layout_of_the_factor_is_the_inverse(shape, kernel, options):
     found = layouts(op)
     assert any(layout.groups == 1 for layout in found)
     assert (len(found) > 1) == (options.get("padding_mode") != "circular")
-    for layout, make in itertools.product(found, (factorise, factorise_by_products)):
-        factor = make(op, layout)
-        assert factor is not None, layout
+    factors = [make(op, layout) for layout in found for make in (factorise, factorise_by_products)]
+    border = border_layout(op, FACTOR_BYTES)
+    assert (border is None) == (options.get("padding_mode") == "circular")
+    if border is not None:
+        factors.append(factorise_border(op, border))
+    for factor in factors:
+        assert factor is not None
         for apply, matrix in ((factor.apply, W.T), (factor.apply_adjoint, W)):
             z = apply(v @ matrix)
             torch.testing.assert_close(z, v, rtol=1e-3, atol=1e-3)  # no pivoting between blocks
@@ -96,13 +108,87 @@ def test_direct_agrees_with_lapack_on_hard_data():
     assert (result.z.flatten(1) - exact).norm() <= 1e-6 * exact.norm()
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_border_system_solves_what_blocks_of_rows_lose(mode):
+    """3 × 64 × 64, cond 1e6: the blocks lose all digits, the border system none that cond does not force."""
+    conv, bn, _, x = trained_layer((3, 64, 64), 2, seed=2, padding_mode=mode)
+    op = cb.ConvBNOperator(conv, bn, (3, 64, 64))
+    blocks = next(layout for layout in layouts(op) if layout.groups == 64)
+    assert loss(op, factorise(op, blocks)) > 1
+    assert isinstance(best_layouts(op, 2)[0], BorderLayout)
+    factor = make_factor(op, blocks)  # takes the other kind by itself
+    assert loss(op, factor.map) < 1e-8
+    assert factor.note == "LU in 64 blocks of 192 was too inaccurate: Fourier blocks and a border system of order 756"
+    for dtype in (torch.float64, torch.float32):
+        rtol = 1e-12 if dtype == torch.float64 else 1e-6
+        result = cb.solve(conv.to(dtype), bn.to(dtype), x.to(dtype), rtol=rtol)
+        assert result.converged, (result.status, result.reason)
+        assert int(result.iterations.max()) == 1
+        assert "border system" in result.reason
+
+
+def test_blocks_of_rows_serve_where_the_symbol_is_singular():
+    """A blur: its circular version has a zero, so that M is no inverse; W with zero padding is regular."""
+    conv = nn.Conv2d(1, 1, 3, padding=1, bias=False).double()
+    blur = torch.tensor([0.25, 0.5, 0.25])
+    with torch.no_grad():
+        conv.weight.copy_(blur[:, None] * blur)
+    bn = random_bn(2, 1)
+    op = cb.ConvBNOperator(conv, bn, (1, 8, 8))
+    border = border_layout(op, FACTOR_BYTES)
+    assert loss(op, factorise_border(op, border)) > 0.1
+    factor = make_factor(op, border)
+    assert "too inaccurate: " in factor.note
+    assert loss(op, factor.map) < 1e-9
+    x = forward(torch.randn(2, 1, 8, 8), conv, bn)
+    assert cb.solve(conv, bn, x, method="direct", rtol=1e-12).converged
+
+
+def test_a_border_system_beyond_the_limit_is_float32(monkeypatch):
+    """As for 64 × 56 × 56, whose K of order 14080 takes 793 MB in float32."""
+    conv, bn, z, x = trained_layer((3, 16, 16), 3)
+    op = cb.ConvBNOperator(conv, bn, (3, 16, 16))
+    assert border_layout(op, 180**2 * 8).dtype == torch.float64
+    assert border_layout(op, 180**2 * 8 - 1).dtype == torch.float32
+    assert border_layout(op, 180**2 * 4 - 1) is None
+    monkeypatch.setattr("convbn_ext.direct.FACTOR_BYTES", 180**2 * 4)
+    result = cb.solve(conv, bn, x, method="direct", rtol=1e-10)
+    assert result.converged, (result.status, result.reason)
+    assert int(result.iterations.max()) > 1
+    assert (result.z - z).norm() <= 1e-6 * z.norm()
+    big = cb.ConvBNOperator(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), (64, 56, 56))
+    assert border_layout(big, FACTOR_BYTES) == BorderLayout(1, 14080, torch.float32)
+
+
+def test_border_system_of_many_unknowns_is_factored_in_panels():
+    conv, bn, _, x = trained_layer((24, 16, 16), 2)
+    op = cb.ConvBNOperator(conv, bn, (24, 16, 16))
+    border = border_layout(op, FACTOR_BYTES)
+    assert border.size == 1440  # six panels
+    factor = factorise_border(op, border)
+    assert loss(op, factor) < 1e-9
+    v, u = torch.randn(2, 3, op.shape[1], dtype=torch.float64)
+    left, right = (factor.apply(v) * u).sum(), (v * factor.apply_adjoint(u)).sum()
+    assert float((left - right).abs()) <= 1e-8 * float(factor.apply(v).norm() * u.norm())
+    assert cb.solve(conv, bn, x, method="direct", rtol=1e-13).converged
+
+
+def test_residuals_at_the_rounding_of_z_end_a_direct_solve():
+    """cond 1e8 and data that no moderate z makes: ‖z‖ ~ 1e7 ‖x‖, so that a residual of 1e-11 ‖x‖ is out of reach."""
+    conv, bn, _, x = trained_layer((3, 32, 32), 2, seed=3)
+    result = cb.solve(conv, bn, torch.randn_like(x), method="direct", rtol=1e-11)
+    assert result.status == ["stagnation"] * 2
+    assert int(result.iterations.max()) < 20
+    assert "its rounding in float64 alone exceeds the tolerance" in result.reason
+    assert "instead" not in result.reason
+
+
 def test_direct_goes_on_without_a_factor_that_is_of_no_use(monkeypatch):
-    """As happens to 3 × 64 × 64 layers, whose factor may lose all digits."""
     conv, bn, z, x = trained_layer((3, 8, 8), 2)
-    monkeypatch.setattr("convbn_ext.run.cached_factor", lambda *_: _C.DiagonalMap(torch.randn(192)))
+    monkeypatch.setattr("convbn_ext.run.cached_factor", lambda *_: Factor(_C.DiagonalMap(torch.randn(192))))
     result = cb.solve(conv, bn, x, method="direct", rtol=1e-9)
     assert result.converged, (result.status, result.reason)
-    assert "the LU factor is too inaccurate: block_gmres" in result.reason
+    assert "the factor is of no use: block_gmres" in result.reason
     assert cb.errors(z, result.z, x, conv, bn).error3[1] <= 1e-9
 
 
@@ -119,7 +205,7 @@ def test_samples_do_not_see_each_other_in_direct():
 
 def test_a_factor_serves_until_the_weight_changes(monkeypatch):
     made = []
-    monkeypatch.setattr("convbn_ext.direct.factorise", lambda *args: made.append(1) or factorise(*args))
+    monkeypatch.setattr("convbn_ext.direct.make_factor", lambda *args: made.append(1) or make_factor(*args))
     cache.forget()
     conv, bn, z, x = trained_layer((3, 8, 8), 2, torch.float32)
     for _ in range(3):
@@ -141,7 +227,7 @@ def test_a_singular_layer_is_never_returned_as_solved():
         result = cb.solve(conv, bn, x, method=method)
         assert not set(result.status) & {"converged", "maxiter"}, (method, result.status)
         assert (result.residual > 1e-3).all()
-    assert "a pivot block is singular" in cb.solve(conv, bn, x, method="direct").reason
+    assert "the layer is singular to rounding" in cb.solve(conv, bn, x, method="direct").reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -216,8 +302,9 @@ def test_minimum_norm_is_taken_from_the_start_vector():
         ((3, 8, 8), 3, {"padding": 1}, 8, "direct"),
         ((3, 32, 32), 3, {"padding": 1}, 128, "direct"),
         ((3, 32, 32), 3, {"padding": 1, "padding_mode": "circular"}, 128, "fft"),
-        ((64, 56, 56), 64, {"padding": 1}, 4, "block_gmres"),  # a factor of 17 GB
-        ((64, 56, 56), 64, {"padding": 1}, 1, "gmres"),
+        ((64, 56, 56), 64, {"padding": 1}, 4, "direct"),  # a border system of 0.8 GB, where blocks take 17
+        ((64, 96, 96), 64, {"padding": 1}, 4, "block_gmres"),
+        ((64, 96, 96), 64, {"padding": 1}, 1, "gmres"),
         ((3, 8, 8), 3, {"padding": 1, "stride": 2}, 2, "lsq"),
         ((3, 8, 8), 5, {"padding": 1}, 2, "lsq"),
         ((8, 8, 8), 8, {}, 2, "lsq"),

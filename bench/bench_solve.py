@@ -1,21 +1,20 @@
 """x = BN(Conv(z)) solved for z: ours against SciPy's LU and GMRES, dense LU and PETSc, all to one true residual.
 
-    python bench/bench_solve.py [--quick] [--dtype float32] [--seconds 5] [--out out/bench]
+    python bench/bench_solve.py [--quick] [--dtype float32] [--shape 3x8x8 …] [--seconds 5] [--out out/bench]
 
 Set-up is what the weights alone need: factorising, or inverting the symbol; ours starts from an empty cache. SciPy,
 PETSc and torch get the matrix of A as a gift: assembling it is not timed. A float32 layer is solved by them in float32
 where that reaches the tolerance and in float64 otherwise (column "inside"). Where a method works sample by sample and
 the batch is large, a few samples are timed and the rest is extrapolated (column "samples"). PETSc takes part where
-petsc4py can be imported (Debian: python3-petsc4py, with a NumPy of its age).
+petsc4py can be imported.
 
-Writes solve.csv and solve.png into --out; the last lines are the ratios to the best peer.
+Writes solve.csv and solve.png into --out; the last lines are a table of the ratios to the peers.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import scipy.sparse
 import scipy.sparse.linalg as sla
 import torch
 from harness import environment, interleave, write_csv
+from petsc_peer import PETSc, petsc_solver
 from torch import Tensor, nn
 
 import convbn_ext as cb
@@ -36,17 +36,12 @@ from convbn_ext.direct import cached_factor
 from convbn_ext.preconditioners import circulant_inverse, precondition
 
 RTOL = 1e-6
-CASES = [((3, 8, 8), 1), ((3, 8, 8), 8), ((3, 8, 8), 128), ((3, 32, 32), 128), ((16, 16, 16), 32)]
+CASES = [((3, 8, 8), batch) for batch in (1, 8, 128)] + [((3, 32, 32), batch) for batch in (1, 8, 128)]
+CASES += [((16, 16, 16), 32), ((4, 24, 20), 16), ((3, 16, 16), 64)]
 QUICK = [((3, 8, 8), 1), ((3, 8, 8), 8), ((3, 16, 16), 16)]
 GOALS = {((3, 8, 8), 8): ("SciPy GMRES", 100), ((3, 32, 32), 128): ("best", 5), ((16, 16, 16), 32): ("best", 5)}
 PHASES = ("setup", "solve", "together")
 OURS = ("ours auto", "ours block")
-
-try:
-    PETSc: Any = importlib.import_module("petsc4py.PETSc")
-except (ImportError, ValueError, AttributeError) as error:  # not installed, or built for another NumPy
-    PETSc = None
-    print(f"without PETSc: {error}")
 
 
 class Problem:
@@ -157,40 +152,6 @@ def scipy_gmres(p: Problem, inside: torch.dtype) -> Provider:
     return Provider(lambda: circulant(p, inside), solve, samples, inside)
 
 
-def petsc_solver(
-    A: scipy.sparse.csr_array, kind: str, atol: float, steps: int, M: Any = None, twice: bool = False
-) -> Any:
-    """A KSP of PETSc (float64): "lu", or "gmres" without restart, preconditioned from the right by M.
-
-    PETSc orthogonalises by classical Gram–Schmidt, once by default and twice, as ours does, on demand.
-    """
-    matrix = PETSc.Mat().createAIJWithArrays(A.shape, (A.indptr.astype("int32"), A.indices.astype("int32"), A.data))
-    ksp = PETSc.KSP().create(PETSc.COMM_SELF)
-    ksp.setOperators(matrix)
-    ksp.setType("preonly" if kind == "lu" else "gmres")
-    ksp.getPC().setType({"lu": "lu"}.get(kind, "none" if M is None else "python"))
-    if kind == "lu":
-        ksp.getPC().setFactorOrdering("nd")
-    else:
-        ksp.setPCSide(PETSc.PC.Side.RIGHT)
-        ksp.setGMRESRestart(steps)
-        ksp.setTolerances(rtol=1e-300, atol=atol, max_it=steps)
-        PETSc.Options()["ksp_gmres_cgs_refinement_type"] = "refine_always" if twice else "refine_never"
-        ksp.setFromOptions()
-        if M is not None:
-            ksp.getPC().setPythonContext(_PetscPreconditioner(M))
-    ksp.setUp()
-    return ksp
-
-
-class _PetscPreconditioner:
-    def __init__(self, M: Any) -> None:
-        self.M = M
-
-    def apply(self, pc: Any, x: Any, y: Any) -> None:
-        y.setArray(self.M(x.getArray().copy()))
-
-
 def petsc(p: Problem, kind: str) -> Provider:
     A, n = p.matrix(torch.float64), p.op.shape[1]
     samples = len(p.x) if kind == "lu" else few(p)
@@ -238,6 +199,17 @@ def runs(provider: Provider) -> dict[str, Callable[[], object]]:
     }
 
 
+def named(shape: tuple[int, ...], batch: int, dtype: torch.dtype, provider: str, phase: str) -> dict[str, Any]:
+    """The columns that say what a row is about."""
+    return {
+        "shape": "x".join(map(str, shape)),
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "provider": provider,
+        "phase": phase,
+    }
+
+
 def scaled(measured: dict[str, float], factor: float) -> dict[str, float]:
     return {k: v * factor if k in ("p20", "p50", "p80") else v for k, v in measured.items()}
 
@@ -258,11 +230,7 @@ def measure_case(shape: tuple[int, ...], batch: int, dtype: torch.dtype, seconds
         for phase, m in zip(PHASES, (setup, solve, together), strict=True):
             rows.append(
                 {
-                    "shape": "x".join(map(str, shape)),
-                    "batch": batch,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "provider": name,
-                    "phase": phase,
+                    **named(shape, batch, dtype, name, phase),
                     **m,
                     "residual": residual,
                     "met": residual <= RTOL,
@@ -310,18 +278,8 @@ def measure_arnoldi(shape: tuple[int, ...], steps: int, seconds: float, least: i
     for name, call in calls.items():
         residual = float(np.linalg.norm(b - A @ call()) / np.linalg.norm(b))
         m = times[name]
-        rows.append(
-            {
-                "shape": "x".join(map(str, shape)),
-                "batch": 1,
-                "dtype": "float64",
-                "provider": name,
-                "phase": "arnoldi",
-                **m,
-                "residual": residual,
-                "steps": len(counts[name]),
-            }
-        )
+        about = named(shape, 1, torch.float64, name, "arnoldi")
+        rows.append({**about, **m, "residual": residual, "steps": len(counts[name])})
         print(
             f"arnoldi, {name}, float64, n={len(b)}, {len(counts[name])} steps, ms p50={m['p50']:.2f} "
             f"p20={m['p20']:.2f} p80={m['p80']:.2f}, residual {residual:.12e}",
@@ -342,17 +300,8 @@ def measure_scaling(shape: tuple[int, ...], batches: list[int], seconds: float, 
     times = interleave(calls, seconds, least)
     rows = []
     for (name, batch), m in times.items():
-        rows.append(
-            {
-                "shape": "x".join(map(str, shape)),
-                "batch": batch,
-                "dtype": "float32",
-                "provider": name,
-                "phase": "scaling",
-                **m,
-                "residual": residuals[name, batch],
-            }
-        )
+        about = named(shape, batch, torch.float32, name, "scaling")
+        rows.append({**about, **m, "residual": residuals[name, batch]})
         print(f"scaling, {name}, {rows[-1]['shape']} x {batch}, ms p50={m['p50']:.2f}", flush=True)
     return rows
 
@@ -391,27 +340,35 @@ def picture(rows: list[dict], path: Path) -> None:
 
 
 def ratios(rows: list[dict]) -> None:
-    """Best peer over ours, set-up included, for every case; SciPy and PETSc over ours for the loop alone."""
-    together = [r for r in rows if r["phase"] == "together"]
-    for case in dict.fromkeys((r["shape"], r["batch"], r["dtype"]) for r in together):
-        chosen = {r["provider"]: r for r in together if (r["shape"], r["batch"], r["dtype"]) == case}
-        mine = chosen["ours auto"]["p50"] if chosen["ours auto"]["met"] else math.inf
-        peers = {name: r["p50"] for name, r in chosen.items() if name not in OURS and r["met"]}
-        best = min(peers, key=peers.get)
+    """Best peer over ours, set-up included, for every case as a table; SciPy and PETSc over ours for the loop alone."""
+    timed = [r for r in rows if r["phase"] in PHASES]
+    print("| case | dtype | ours, set-up + solve ms | best peer, ms | | SciPy GMRES | goal |\n" + "|---" * 7 + "|")
+    for case in dict.fromkeys((r["shape"], r["batch"], r["dtype"]) for r in timed):
+        chosen = {(r["provider"], r["phase"]): r for r in timed if (r["shape"], r["batch"], r["dtype"]) == case}
+        setup, solve, together = (chosen["ours auto", phase] for phase in PHASES)
+        mine = together["p50"] if together["met"] else math.inf
+        peers = {
+            name: r["p50"]
+            for (name, phase), r in chosen.items()
+            if phase == "together" and name not in OURS and r["met"]
+        }
+        best = min(peers, key=peers.__getitem__)
+        over_gmres = peers.get("SciPy GMRES", math.nan) / mine
         goal = GOALS.get((tuple(map(int, case[0].split("x"))), case[1]))
-        wanted = f", goal x{goal[1]} {goal[0]}" if goal else ""
         print(
-            f"{case[0]} x {case[1]}, {case[2]}: x{peers[best] / mine:.2f} the best peer ({best}), "
-            f"x{peers.get('SciPy GMRES', math.nan) / mine:.1f} SciPy GMRES{wanted}"
+            f"| {case[0]} × {case[1]} | {case[2]} | {setup['p50']:.2f} + {solve['p50']:.2f} | "
+            f"{best}, {peers[best]:.2f} | ×{peers[best] / mine:.1f} | ×{over_gmres:.0f} | "
+            f"{f'×{goal[1]} {goal[0]}' if goal else ''} |"
         )
     loop = {r["provider"]: r["p50"] for r in rows if r["phase"] == "arnoldi"}
     others = ", ".join(f"x{ms / loop['ours']:.2f} {name}" for name, ms in loop.items() if name != "ours")
-    print(f"Arnoldi loop alone: {others}")
+    print(f"Arnoldi loop alone: {loop['ours']:.1f} ms, {others}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=["float32", "float64"], choices=["float32", "float64"])
+    parser.add_argument("--shape", nargs="+", help="only cases of these shapes, for example 3x32x32")
     parser.add_argument("--seconds", type=float, default=5.0, help="least time per case")
     parser.add_argument("--quick", action="store_true", help="small cases, three rounds each")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
@@ -420,6 +377,8 @@ def main() -> None:
     rows: list[dict] = []
     for dtype in args.dtype:
         for shape, batch in QUICK if args.quick else CASES:
+            if args.shape and "x".join(map(str, shape)) not in args.shape:
+                continue
             rows += measure_case(shape, batch, getattr(torch, dtype), seconds, least)
     rows += measure_arnoldi((3, 16, 16) if args.quick else (3, 32, 32), 100 if args.quick else 300, seconds, least)
     batches = [2**i for i in range(5 if args.quick else 9)]

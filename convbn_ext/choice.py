@@ -9,8 +9,10 @@ Costs are seconds on an ordinary machine. Their ratios matter, not their values:
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
+from . import direct
 from .border import BorderLayout
 from .direct import CALL, FACTOR_BYTES, FOURIER, GEMM, Layout, best_layouts, direct_seconds, fourier_flops
 from .operator import ConvBNOperator
@@ -35,12 +37,27 @@ def _krylov_seconds(op: ConvBNOperator, batch: int) -> float:
     return dimension * work + 4.0 * dimension**2 * n / GEMM + dimension / batch * CALL
 
 
+_MOST_KNOWN = 64
+_known: dict[Hashable, Choice] = {}
+
+
 def choose(op: ConvBNOperator, batch: int, method: str, preconditioner: str) -> Choice:
-    """Decide what was left to "auto".
+    """Decide what was left to "auto"; remembered, as it depends on shapes alone.
 
     Raises:
         ValueError: the method asked for cannot work on this layer.
     """
+    key = (op.geometry, op.input_shape, op.weight.shape, batch, method, preconditioner, direct.FACTOR_BYTES)
+    known = _known.get(key)
+    if known is None:
+        known = _choose(op, batch, method, preconditioner)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = known
+    return known
+
+
+def _choose(op: ConvBNOperator, batch: int, method: str, preconditioner: str) -> Choice:
     square, symbol = op.shape[0] == op.shape[1], op.has_symbol and op.input_shape == op.output_shape
     sizes = f"{op.input_shape} -> {op.output_shape}"
     if method in ("fft", "direct", "gmres", "block_gmres") and not square:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _C
 from .geometry import Geometry, merge_patterns, stencil_entries
 
 Stats = str | tuple[Tensor, Tensor]
@@ -45,11 +47,12 @@ def frozen_statistics(bn: Any, stats: Stats, channels: int, who: str) -> tuple[T
     for name, value in (("mean", mean), ("var", var)):
         if tuple(value.shape) != (channels,):
             raise ValueError(f"{who}: stats {name} must have shape ({channels},), got {tuple(value.shape)}")
-        if not value.isfinite().all():
+        if not all(map(math.isfinite, value.tolist())):
             raise ValueError(f"{who}: stats {name} is not finite in channels {_channels(~value.isfinite())}")
-    if (var < 0).any():
+    variances = var.double().tolist()
+    if min(variances) < 0:
         raise ValueError(f"{who}: stats var is negative in channels {_channels(var < 0)}")
-    if (var.double() + bn.eps == 0).any():
+    if any(v + bn.eps == 0 for v in variances):
         raise ValueError(f"{who}: var + eps is zero in channels {_channels(var.double() + bn.eps == 0)}")
     return mean.detach().double(), var.detach().double()
 
@@ -108,13 +111,21 @@ class ConvBNOperator:
         beta, bias = (torch.zeros_like(var) if p is None else p.detach().double() for p in (bn.bias, conv.bias))
         self.scale: Tensor = gamma / (var + bn.eps).sqrt()
         self.offset: Tensor = beta + self.scale * (bias - mean)
-        self.singular_channels: list[int] = _channels(self.scale == 0)
+        self.singular_channels: list[int] = [c for c, scale in enumerate(self.scale.tolist()) if scale == 0]
         self.input_shape, self.output_shape = shape, (c_out, *out)
         self.shape = (math.prod(self.output_shape), math.prod(self.input_shape))
         self.dtype, self.device = weight.dtype, weight.device
         self.weight: Tensor = weight.double()  # W; maps compute in the dtype of their argument
-        self.conv_map = self.geometry.conv_map(self.weight, shape[1:])
-        self.map = self.geometry.conv_map(self._scaled_weight(), shape[1:])
+
+    @cached_property
+    def conv_map(self) -> _C.LinearMap:
+        """W on flattened images."""
+        return self.geometry.conv_map(self.weight, self.input_shape[1:])
+
+    @cached_property
+    def map(self) -> _C.LinearMap:
+        """A on flattened images."""
+        return self.geometry.conv_map(self._scaled_weight(), self.input_shape[1:])
 
     def _check_padding(self, spatial: tuple[int, ...], who: str) -> None:
         limit = {"circular": 0, "reflect": 1}.get(self.geometry.mode)

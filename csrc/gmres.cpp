@@ -95,7 +95,9 @@ class Gmres final : public RestartLoop {
       return false;
     }
     const bool exhausted = next <= noise;  // relative: the scale of A must not matter
-    const double estimate = s.residual * hessenberg.append(h, exhausted ? 0 : next, noise);
+    // j + 1 rotations leave √(j + 1) as much rounding where the column depends on the others
+    const double negligible = exhausted ? noise * std::sqrt(double(j + 1)) : noise;
+    const double estimate = s.residual * hessenberg.append(h, exhausted ? 0 : next, negligible);
     s.singular = hessenberg.singular();
     s.history.push_back(estimate);
     ++s.iterations;

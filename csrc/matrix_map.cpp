@@ -52,11 +52,15 @@ struct CsrMap final : LinearMap {
       const auto* in = x.const_data_ptr<scalar_t>();
       auto* out = result.mutable_data_ptr<scalar_t>();
       at::parallel_for(0, B * m, kRowsPerTask, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const scalar_t* row = in + i / m * columns_;
-          scalar_t sum = 0;
-          for (int64_t e = start[i % m]; e < start[i % m + 1]; ++e) sum += value[e] * row[column[e]];
-          out[i] = sum;
+        const scalar_t* row = in + begin / m * columns_;
+        for (int64_t i = begin, r = begin % m; i < end; ++i, ++r) {
+          if (r == m) r = 0, row += columns_;
+          scalar_t sums[4] = {};  // no sum waits for the one before it
+          int64_t e = start[r];
+          for (; e + 4 <= start[r + 1]; e += 4)
+            for (int l = 0; l < 4; ++l) sums[l] += value[e + l] * row[column[e + l]];
+          for (; e < start[r + 1]; ++e) sums[0] += value[e] * row[column[e]];
+          out[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         }
       });
     });

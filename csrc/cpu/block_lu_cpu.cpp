@@ -31,92 +31,14 @@
 #include <vector>
 
 #include "../linear_map.h"
-
-namespace baseline {
-constexpr int kWordBytes = 16, kTileWords = 2;
-#include "block_lu.inl"
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-constexpr int kWordBytes = 32, kTileWords = 2;
-#include "block_lu.inl"
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")
-#endif
-namespace avx512 {
-constexpr int kWordBytes = 64, kTileWords = 4;
-#include "block_lu.inl"
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#include "block_lu_loops.h"
+#include "block_plan.h"
 
 namespace convbn {
 
 using at::Tensor;
 
 namespace {
-
-#define CONVBN_LOOPS(isa)                                                                                      \
-  {isa::multiply,   isa::subtract_row, isa::add_squares, isa::invert,      isa::transpose,       isa::advance, \
-   isa::load_panel, isa::load_panel,   isa::store_panel, isa::store_panel, int64_t(isa::kPivots)}
-struct Loops {
-  decltype(&baseline::multiply) multiply;
-  decltype(&baseline::subtract_row) subtract_row;
-  decltype(&baseline::add_squares) add_squares;
-  decltype(&baseline::invert) invert;
-  decltype(&baseline::transpose) transpose;
-  decltype(&baseline::advance) advance;
-  decltype(&baseline::load_panel<float>) load_f32;
-  decltype(&baseline::load_panel<double>) load_f64;
-  decltype(&baseline::store_panel<float>) store_f32;
-  decltype(&baseline::store_panel<double>) store_f64;
-  int64_t pivots;
-
-  template <class scalar_t>
-  const auto& load() const {
-    if constexpr (std::is_same_v<scalar_t, float>)
-      return load_f32;
-    else
-      return load_f64;
-  }
-  template <class scalar_t>
-  const auto& store() const {
-    if constexpr (std::is_same_v<scalar_t, float>)
-      return store_f32;
-    else
-      return store_f64;
-  }
-};
-
-const Loops& loops() {
-  static const Loops best = []() -> Loops {
-    [[maybe_unused]] const std::string isa = at::get_cpu_capability();
-#if defined(__x86_64__)
-    if (isa == "AVX512") return CONVBN_LOOPS(avx512);
-    if (isa == "AVX2") return CONVBN_LOOPS(avx2);
-#endif
-    return CONVBN_LOOPS(baseline);
-  }();
-  return best;
-}
-#undef CONVBN_LOOPS
 
 constexpr int64_t kLine = 8;             // doubles in a cache line: what rows are padded to
 constexpr int64_t kPanel = 64;           // most columns that a thread works on at a time
@@ -127,83 +49,6 @@ constexpr double kGain = 4;              // a refinement step that gains less is
 int64_t padded(int64_t n) { return (n + kLine - 1) / kLine * kLine; }
 
 Tensor doubles(at::IntArrayRef sizes) { return at::empty(sizes, at::kDouble); }
-
-// Rows of W or of Wᵀ in the order of the groups; the entries of a row stand in the order of their columns' groups, so
-// that the lower, the diagonal and the upper part are one piece each.
-struct Rows {
-  enum Part { lower, diagonal, upper, parts };
-  std::vector<int64_t> start;  // (n, parts) and the end
-  std::vector<int> column;     // position of the column
-  std::vector<int> tap;        // index into the weight
-
-  int64_t begin(int64_t row, int part) const { return start[row * parts + part]; }
-  int64_t end(int64_t row, int part) const { return start[row * parts + part + 1]; }
-};
-
-// What geometry and sizes alone determine: positions p = 0 … n−1 in the order (group, row in group, everything else),
-// and where each product of the convolution stands.
-struct BlockPlan {
-  // row, column, tap (nnz,) int64: every product of the convolution; unknowns (outer, size, inner) cut along `size`
-  BlockPlan(const Tensor& row, const Tensor& column, const Tensor& tap, int64_t outer, int64_t size, int64_t inner,
-            int64_t rows)
-      : n(outer * size * inner), group_rows(rows * outer * inner), groups((size + rows - 1) / rows), order(n) {
-    TORCH_CHECK_VALUE(rows >= 1 && rows <= size, "BlockPlan: rows must be from 1 to ", size, ", got ", rows);
-    std::vector<int> position(n);
-    int64_t p = 0;
-    for (int64_t s = 0; s < size; ++s)
-      for (int64_t o = 0; o < outer; ++o)
-        for (int64_t i = 0; i < inner; ++i, ++p) {
-          order[p] = int((o * size + s) * inner + i);
-          position[order[p]] = int(p);
-        }
-    const Tensor r = row.contiguous(), c = column.contiguous(), t = tap.contiguous();
-    const auto *rp = r.const_data_ptr<int64_t>(), *cp = c.const_data_ptr<int64_t>(), *tp = t.const_data_ptr<int64_t>();
-    std::vector<int> from(r.numel()), to(r.numel()), which(tp, tp + r.numel());
-    for (int64_t e = 0; e < r.numel(); ++e) {
-      from[e] = position[rp[e]], to[e] = position[cp[e]];
-      TORCH_CHECK_VALUE(std::abs(group(from[e]) - group(to[e])) <= 1, "BlockPlan: rows ", rows,
-                        " are fewer than the kernel reaches");
-    }
-    matrix = sorted(from, to, which);
-    adjoint = sorted(to, from, which);
-  }
-
-  int64_t group(int64_t p) const { return p / group_rows; }
-  int64_t begin(int64_t r) const { return r * group_rows; }
-  int64_t size(int64_t r) const { return std::min(group_rows, n - begin(r)); }
-  int64_t middle() const { return groups / 2; }
-
-  Rows sorted(const std::vector<int>& row, const std::vector<int>& column, const std::vector<int>& tap) const {
-    Rows result{std::vector<int64_t>(n * Rows::parts + 1), std::vector<int>(tap.size()), std::vector<int>(tap.size())};
-    const auto key = [&](size_t e) { return row[e] * Rows::parts + (group(column[e]) - group(row[e]) + 1); };
-    for (size_t e = 0; e < tap.size(); ++e) ++result.start[key(e) + 1];
-    for (size_t i = 1; i < result.start.size(); ++i) result.start[i] += result.start[i - 1];
-    std::vector<int64_t> next(result.start.begin(), result.start.end() - 1);
-    for (size_t e = 0; e < tap.size(); ++e) {
-      const int64_t at = next[key(e)]++;
-      result.column[at] = column[e], result.tap[at] = tap[e];
-    }
-    return result;
-  }
-
-  int64_t n, group_rows, groups;
-  std::vector<int> order;  // position → index of the unknown
-  Rows matrix, adjoint;
-};
-
-// Γ, 1/Γ and b̂ of each position, from one per channel.
-struct PositionScales {
-  PositionScales(const BlockPlan& plan, const Tensor& per_channel, const Tensor& shift)
-      : scale(plan.n), divisor(plan.n), offset(plan.n) {
-    const int64_t size = plan.n / per_channel.numel();
-    const auto s = per_channel.accessor<double, 1>(), o = shift.accessor<double, 1>();
-    for (int64_t p = 0; p < plan.n; ++p) {
-      const int64_t c = plan.order[p] / size;
-      scale[p] = s[c], divisor[p] = 1 / s[c], offset[p] = o[c];
-    }
-  }
-  std::vector<double> scale, divisor, offset;
-};
 
 struct BlockLU final : LinearMap {
   BlockLU(std::shared_ptr<BlockPlan> plan, const Tensor& weight) : plan_(std::move(plan)) {

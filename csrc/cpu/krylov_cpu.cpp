@@ -2,9 +2,12 @@
 //
 //   A vector of n scalars is cut into chunks of 4 KiB or less (by n, k and the dtype alone). One chunk of w stays in
 //   the L1 cache, the same chunk of all k basis vectors in the L2 cache, so CGS2 reads the basis from memory three
-//   times: (1) h = Vᴴw, (2) w −= V h and at once, on the same chunk, h' = Vᴴw, (3) w −= V h'. Chunk sums are formed in
-//   the working precision and merged in float64 in the order of the chunks. Work is split over systems, or over chunks
-//   when there are fewer systems than threads; either way the sums are the same.
+//   times: (1) h = Vᴴw, (2) w −= V h and at once, on the same chunk, h' = Vᴴw, (3) w −= V h'. Pass (2) runs through the
+//   chunks backwards and finds the last ones of pass (1) in the cache. Where ‖w‖² − ‖h‖², known after (1), is more than
+//   half of ‖w‖², nothing cancels: h' and (3) are left out and orthogonality is that of rounding all the same (Daniel,
+//   Gragg, Kaufman & Stewart, 1976). Chunk sums are formed in the working precision and merged in float64 in the order
+//   of the chunks. Work is split over systems, or over chunks when there are fewer systems than threads; either way the
+//   sums are the same.
 //
 // Inner loops: krylov_loops.h, once per instruction set; at::get_cpu_capability() (ATEN_CPU_CAPABILITY lowers it)
 // chooses.
@@ -24,6 +27,7 @@
 #include <vector>
 
 #include "../krylov.h"
+#include "krylov_chunks.h"
 
 namespace baseline {
 enum { kWordBytes = 16 };
@@ -115,28 +119,6 @@ const Loops<real>& loops() {
 }
 #undef CONVBN_LOOPS
 
-constexpr int64_t kChunkBytes = 4096;     // a chunk of w and of four basis vectors fit in L1
-constexpr int64_t kBasisBytes = 1 << 20;  // a chunk of all basis vectors fits in L2
-constexpr int64_t kMinChunkBytes = 1024;  // below this the sums at the end of a chunk cost as much as the chunk
-
-// Length in reals of the chunks that a vector is cut into.
-template <class real>
-int64_t chunk_length(int64_t k) {
-  int64_t bytes = kChunkBytes;
-  while (bytes > kMinChunkBytes && k * bytes > kBasisBytes) bytes /= 2;
-  return bytes / int64_t(sizeof(real));
-}
-
-// Exponent e such that 2⁻ᵉ·x can be squared and summed without leaving the range; 0 wherever that holds for x itself.
-template <class real>
-int safe_exponent(double amax) {
-  constexpr int low = std::is_same_v<real, float> ? -30 : -400, high = std::is_same_v<real, float> ? 40 : 400;
-  if (amax == 0 || !std::isfinite(amax)) return 0;
-  int e = 0;
-  std::frexp(amax, &e);
-  return e < low || e > high ? e : 0;
-}
-
 // y ← 2⁻ᵉ x in two steps, since 2⁻ᵉ itself may be out of range.
 template <class real>
 void scale_by_power(const real* x, int e, real* y, int64_t n) {
@@ -173,29 +155,6 @@ void chunk_update(const real* const* V, int64_t k, int64_t at, const double* h, 
     loops<real>().update(V, k, at, h + k, t, n);  // t = −Σ Im(h_j) v_j
     for (int64_t i = 0; i < n; i += 2) w[i] -= t[i + 1], w[i + 1] += t[i];
   }
-}
-
-// One vector per system, cut into chunks: calls work(system, chunk) for every pair, over threads when `split` is set.
-template <class Work>
-void for_each_chunk(int64_t first, int64_t last, int64_t chunks, bool split, const Work& work) {
-  if (!split) {
-    for (int64_t s = first; s < last; ++s)
-      for (int64_t c = 0; c < chunks; ++c) work(s, c);
-    return;
-  }
-  at::parallel_for(first * chunks, last * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(i / chunks, i % chunks);
-  });
-}
-
-// Runs body(first, last, split) over all systems: whole systems to threads, or, with too few of them, the chunks of
-// all.
-template <class Body>
-void over_systems(int64_t systems, const Body& body) {
-  if (systems < at::get_num_threads()) return body(int64_t(0), systems, true);
-  at::parallel_for(0, systems, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) body(s, s + 1, false);
-  });
 }
 
 // Addresses of the basis vectors of every active system: row(s)[j] → v_j of system s, as reals.
@@ -238,48 +197,58 @@ class Cgs2 {
         partial_(systems * chunks_ * (width() + 1)),
         h_(systems * width()),
         exponent_(systems, 0),
-        factor_(systems, 0) {
+        factor_(systems, 0),
+        again_(systems, 0) {
     for (int64_t s = 0; s < systems; ++s) V_[s] = V[s];
   }
 
   void run(int64_t first, int64_t last, bool split) {
-    const auto chunks = [&](const auto& work) {
-      for_each_chunk(first, last, chunks_, split, [&](int64_t s, int64_t c) {
+    const auto chunks = [&](bool backwards, bool over_threads, const auto& work) {
+      for_each_chunk(first, last, chunks_, over_threads, backwards, [&](int64_t s, int64_t c) {
         const int64_t at = c * length_;
         work(s, c, at, V_[s][k_] + at, std::min(length_, n_ - at));
       });
     };
     const auto project = [&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // Vᴴv and vᴴv of one chunk
       chunk_dots<real, parts>(V_[s], k_, at, v, n, sums(s, c));
-      loops<real>().dots(&v, 1, 0, v, n, sums(s, c) + parts * k_);
+      norm_only(s, c, v, n);
     };
 
-    chunks([&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // v ← w, first projection
+    chunks(false, split, [&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // v ← w, first projection
       scale_by_power(w_ + s * n_ + at, 0, v, n);
       sums(s, c)[width()] = loops<real>().amax(v, n);
       project(s, c, at, v, n);
     });
     if (choose_exponents(first, last))
-      chunks([&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {
+      chunks(false, split, [&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {
         if (exponent_[s] == 0) return;
         scale_by_power(v, exponent_[s], v, n);
         project(s, c, at, v, n);
       });
-    for (int64_t s = first; s < last; ++s) merge(s, 1);
+    bool any_again = false;
+    for (int64_t s = first; s < last; ++s) any_again |= merge(s, 1);
 
     if (k_ > 0) {
-      chunks([&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // v ← v − V h, second projection
+      chunks(true, split, [&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // v ← v − V h
         chunk_update<real, parts>(V_[s], k_, at, h(s), v, n);
-        project(s, c, at, v, n);
+        if (again_[s])
+          project(s, c, at, v, n);  // second projection
+        else
+          norm_only(s, c, v, n);
       });
       for (int64_t s = first; s < last; ++s) merge(s, 2);
-      chunks([&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // v ← v − V h'
-        chunk_update<real, parts>(V_[s], k_, at, h(s), v, n);
-        loops<real>().dots(&v, 1, 0, v, n, sums(s, c) + parts * k_);
-      });
-      for (int64_t s = first; s < last; ++s) merge(s, 3);
     }
-    chunks([&](int64_t s, int64_t, int64_t, real* v, int64_t n) { loops<real>().scale(v, factor_[s], v, n); });
+    if (any_again) {
+      chunks(false, split, [&](int64_t s, int64_t c, int64_t at, real* v, int64_t n) {  // v ← v − V h'
+        if (!again_[s]) return;
+        chunk_update<real, parts>(V_[s], k_, at, h(s), v, n);
+        norm_only(s, c, v, n);
+      });
+      for (int64_t s = first; s < last; ++s)
+        if (again_[s]) merge(s, 3);
+    }
+    chunks(false, false,
+           [&](int64_t s, int64_t, int64_t, real* v, int64_t n) { loops<real>().scale(v, factor_[s], v, n); });
   }
 
  private:
@@ -299,22 +268,35 @@ class Cgs2 {
     return any;
   }
 
-  // Adds up the chunks in their order; after pass 1 the coefficients are set, after pass 2 corrected; norms on the way.
-  void merge(int64_t s, int pass) {
+  void norm_only(int64_t s, int64_t c, real* v, int64_t n) {
+    loops<real>().dots(&v, 1, 0, v, n, sums(s, c) + parts * k_);
+  }
+
+  // Adds up the chunks in their order: coefficients after pass 1, their corrections after pass 2, norms after each.
+  // Returns, after pass 1, whether the projection takes away so much of w that it must be repeated.
+  bool merge(int64_t s, int pass) {
+    const bool dots = pass == 1 || (pass == 2 && again_[s]);
     double* total = h(s);
     std::fill(total, total + width(), 0.0);
     for (int64_t c = 0; c < chunks_; ++c)
-      for (int64_t i = pass == 3 ? width() - 1 : 0; i < width(); ++i) total[i] += sums(s, c)[i];
-    const double norm = std::sqrt(total[width() - 1]);
+      for (int64_t i = dots ? 0 : width() - 1; i < width(); ++i) total[i] += sums(s, c)[i];
+    const double square = total[width() - 1], norm = std::sqrt(square);
     c10::complex<double>* column = out_ + s * (k_ + 2);
     const auto unscaled = [&](double v) { return std::ldexp(v, exponent_[s]); };
-    for (int64_t j = 0; pass < 3 && j < k_; ++j) {
-      const c10::complex<double> term(unscaled(total[j]), parts == 2 ? unscaled(total[k_ + j]) : 0.0);
+    double projected = 0;
+    for (int64_t j = 0; dots && j < k_; ++j) {
+      const double re = total[j], im = parts == 2 ? total[k_ + j] : 0.0;
+      const c10::complex<double> term(unscaled(re), unscaled(im));
       column[j] = pass == 1 ? term : column[j] + term;
+      projected += re * re + im * im;
     }
     column[k_] = unscaled(norm);
-    if (pass == 1) column[k_ + 1] = unscaled(norm);
+    if (pass == 1) {
+      column[k_ + 1] = unscaled(norm);
+      again_[s] = !(square - projected > kCancels * square);  // also where they are not finite
+    }
     factor_[s] = norm > 0 ? real(1 / norm) : real(0);
+    return again_[s] && k_ > 0;
   }
 
   const int64_t k_, n_, length_, chunks_;
@@ -324,6 +306,7 @@ class Cgs2 {
   std::vector<double> partial_, h_;
   std::vector<int> exponent_;
   std::vector<real> factor_;
+  std::vector<char> again_;  // not bool: threads write different systems
 };
 
 at::Tensor orthonormalize_cpu(at::TensorList V, const at::Tensor& rows, int64_t k, const at::Tensor& w) {
@@ -362,7 +345,7 @@ at::Tensor combine_cpu(at::TensorList V, const at::Tensor& rows, const at::Tenso
     }
     const int64_t reals = n * parts, length = chunk_length<real>(K), chunks = (reals + length - 1) / length;
     over_systems(systems, [&](int64_t first, int64_t last, bool split) {
-      for_each_chunk(first, last, chunks, split, [&](int64_t s, int64_t c) {
+      for_each_chunk(first, last, chunks, split, false, [&](int64_t s, int64_t c) {
         const int64_t at = c * length, size = std::min(length, reals - at);
         std::fill_n(sum + s * reals + at, size, real(0));
         chunk_update<real, parts>(basis[s], used[s], at, minus.data() + s * K * parts, sum + s * reals + at, size);

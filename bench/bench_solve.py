@@ -1,6 +1,6 @@
 """x = BN(Conv(z)) solved for z: ours against SciPy's LU and GMRES, dense LU and PETSc, all to one true residual.
 
-    python bench/bench_solve.py [--quick] [--dtype float32] [--shape 3x8x8 …] [--seconds 5] [--out out/bench]
+    python bench/bench_solve.py [--quick] [--dtype float32] [--shape 3x8x8 …] [--skip "ours block" …] [--out out/bench]
 
 Set-up is what the weights alone need: factorising, or inverting the symbol; ours starts from an empty cache. SciPy,
 PETSc and torch get the matrix of A as a gift: assembling it is not timed. A float32 layer is solved by them in float32
@@ -14,7 +14,6 @@ Writes solve.csv and solve.png into --out; the last lines are a table of the rat
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import scipy.sparse.linalg as sla
 import torch
 from harness import environment, interleave, write_csv
 from petsc_peer import PETSc, petsc_solver
-from torch import Tensor, nn
+from problem import Problem
+from torch import Tensor
 
 import convbn_ext as cb
 from convbn_ext import cache
@@ -41,40 +40,7 @@ CASES += [((16, 16, 16), 32), ((4, 24, 20), 16), ((3, 16, 16), 64)]
 QUICK = [((3, 8, 8), 1), ((3, 8, 8), 8), ((3, 16, 16), 16)]
 GOALS = {((3, 8, 8), 8): ("SciPy GMRES", 100), ((3, 32, 32), 128): ("best", 5), ((16, 16, 16), 32): ("best", 5)}
 PHASES = ("setup", "solve", "together")
-OURS = ("ours auto", "ours block")
-
-
-class Problem:
-    """A square layer with default initialisation that has seen its batch, and x = BN(Conv(z)) (N, C, H, W)."""
-
-    def __init__(self, shape: tuple[int, ...], batch: int, dtype: torch.dtype) -> None:
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(shape[0], shape[0], 3, padding=1).to(dtype)
-        bn = nn.BatchNorm2d(shape[0], momentum=None).to(dtype)
-        with torch.no_grad():
-            z = torch.rand(batch, *shape, dtype=dtype)
-            bn(self.conv(z))
-            self.bn = bn.eval()
-            self.x = bn(self.conv(z))
-        self.dtype, self.op = dtype, cb.ConvBNOperator(self.conv, self.bn, shape)
-        self.shift = self.op.channel_vector(self.op.offset)
-        conv, bn = (copy.deepcopy(module).double() for module in (self.conv, self.bn))
-        A = cb.ConvBNOperator(conv, bn, shape).to_sparse()
-        self.csr = scipy.sparse.csr_array((A.values().numpy(), tuple(A.indices().numpy())), shape=A.shape)
-
-    def rhs(self, inside: torch.dtype) -> Tensor:
-        """x − b̂ (N, n)."""
-        return (self.x.double().flatten(1) - self.shift).to(inside)
-
-    def matrix(self, inside: torch.dtype) -> scipy.sparse.csr_array:
-        return self.csr.astype(np.float32 if inside == torch.float32 else np.float64)
-
-    def residual(self, z: Tensor) -> float:
-        """Largest ‖x − BN(Conv(z))‖ / ‖x‖ over the samples solved, in float64, of z in the layer's dtype."""
-        z = z.to(self.dtype).double().reshape(len(z), -1)
-        x = self.x[: len(z)].double().flatten(1)
-        error = x - self.shift - torch.from_numpy((self.csr @ z.numpy().T).T)
-        return float((error.norm(dim=1) / x.norm(dim=1)).max())
+OURS = {"ours auto": "auto", "ours block": "block_gmres"}  # name → method
 
 
 @dataclass(frozen=True)
@@ -85,6 +51,7 @@ class Provider:
     solve: Callable[[Any], Tensor]
     samples: int
     inside: torch.dtype
+    at_once: Callable[[], Tensor] | None = None  # both in one call
 
 
 def ours(p: Problem, method: str) -> Provider:
@@ -102,7 +69,11 @@ def ours(p: Problem, method: str) -> Provider:
         cache._entries = entries  # other providers empty the cache
         return cb.solve(p.conv, p.bn, p.x, method=method, rtol=RTOL).z
 
-    return Provider(setup, solve, len(p.x), p.dtype)
+    def at_once() -> Tensor:
+        cache.forget()
+        return cb.solve(p.conv, p.bn, p.x, method=method, rtol=RTOL).z
+
+    return Provider(setup, solve, len(p.x), p.dtype, at_once)
 
 
 def scipy_lu(p: Problem, inside: torch.dtype) -> Provider:
@@ -172,13 +143,17 @@ def petsc(p: Problem, kind: str) -> Provider:
     return Provider(setup, solve, samples, torch.float64)
 
 
-def providers(p: Problem) -> dict[str, tuple[Provider, float]]:
+def providers(p: Problem, skip: list[str]) -> dict[str, tuple[Provider, float]]:
     """Every provider with its true residual; a peer that misses the tolerance in float32 works in float64."""
     result = {}
-    for name, method in zip(OURS, ("auto", "block_gmres"), strict=True):
+    for name, method in OURS.items():
+        if name in skip:
+            continue
         provider = ours(p, method)
         result[name] = provider, p.residual(provider.solve(provider.setup()))
     for name, make in {"SciPy LU": scipy_lu, "SciPy GMRES": scipy_gmres, "dense LU": dense_lu}.items():
+        if name in skip:
+            continue
         for inside in dict.fromkeys((p.dtype, torch.float64)):
             provider = make(p, inside)
             result[name] = provider, p.residual(provider.solve(provider.setup()))
@@ -195,7 +170,7 @@ def runs(provider: Provider) -> dict[str, Callable[[], object]]:
     return {
         "setup": provider.setup,
         "solve": lambda: provider.solve(state),
-        "together": lambda: provider.solve(provider.setup()),
+        "together": provider.at_once or (lambda: provider.solve(provider.setup())),
     }
 
 
@@ -214,9 +189,11 @@ def scaled(measured: dict[str, float], factor: float) -> dict[str, float]:
     return {k: v * factor if k in ("p20", "p50", "p80") else v for k, v in measured.items()}
 
 
-def measure_case(shape: tuple[int, ...], batch: int, dtype: torch.dtype, seconds: float, least: int) -> list[dict]:
+def measure_case(
+    shape: tuple[int, ...], batch: int, dtype: torch.dtype, skip: list[str], seconds: float, least: int
+) -> list[dict]:
     p = Problem(shape, batch, dtype)
-    chosen = providers(p)
+    chosen = providers(p, skip)
     calls = {(name, phase): call for name, (provider, _) in chosen.items() for phase, call in runs(provider).items()}
     times = interleave(calls, seconds, least)
     rows = []
@@ -288,12 +265,16 @@ def measure_arnoldi(shape: tuple[int, ...], steps: int, seconds: float, least: i
     return rows
 
 
-def measure_scaling(shape: tuple[int, ...], batches: list[int], seconds: float, least: int) -> list[dict]:
+def measure_scaling(
+    shape: tuple[int, ...], batches: list[int], skip: list[str], seconds: float, least: int
+) -> list[dict]:
     """Ours, float32, against the batch, set-up included."""
     calls, residuals = {}, {}
     for batch in batches:
         p = Problem(shape, batch, torch.float32)
-        for name, method in zip(OURS, ("auto", "block_gmres"), strict=True):
+        for name, method in OURS.items():
+            if name in skip:
+                continue
             provider = ours(p, method)
             residuals[name, batch] = p.residual(provider.solve(provider.setup()))
             calls[name, batch] = runs(provider)["together"]
@@ -353,11 +334,11 @@ def ratios(rows: list[dict]) -> None:
             if phase == "together" and name not in OURS and r["met"]
         }
         best = min(peers, key=peers.__getitem__)
-        over_gmres = peers.get("SciPy GMRES", math.nan) / mine
+        over_gmres = f"×{peers['SciPy GMRES'] / mine:.0f}" if "SciPy GMRES" in peers else "–"
         goal = GOALS.get((tuple(map(int, case[0].split("x"))), case[1]))
         print(
             f"| {case[0]} × {case[1]} | {case[2]} | {setup['p50']:.2f} + {solve['p50']:.2f} | "
-            f"{best}, {peers[best]:.2f} | ×{peers[best] / mine:.1f} | ×{over_gmres:.0f} | "
+            f"{best}, {peers[best]:.2f} | ×{peers[best] / mine:.1f} | {over_gmres} | "
             f"{f'×{goal[1]} {goal[0]}' if goal else ''} |"
         )
     loop = {r["provider"]: r["p50"] for r in rows if r["phase"] == "arnoldi"}
@@ -369,6 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=["float32", "float64"], choices=["float32", "float64"])
     parser.add_argument("--shape", nargs="+", help="only cases of these shapes, for example 3x32x32")
+    parser.add_argument("--skip", nargs="+", default=[], help="providers to leave out, for example 'SciPy GMRES'")
     parser.add_argument("--seconds", type=float, default=5.0, help="least time per case")
     parser.add_argument("--quick", action="store_true", help="small cases, three rounds each")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
@@ -379,10 +361,10 @@ def main() -> None:
         for shape, batch in QUICK if args.quick else CASES:
             if args.shape and "x".join(map(str, shape)) not in args.shape:
                 continue
-            rows += measure_case(shape, batch, getattr(torch, dtype), seconds, least)
+            rows += measure_case(shape, batch, getattr(torch, dtype), args.skip, seconds, least)
     rows += measure_arnoldi((3, 16, 16) if args.quick else (3, 32, 32), 100 if args.quick else 300, seconds, least)
     batches = [2**i for i in range(5 if args.quick else 9)]
-    rows += measure_scaling((3, 16, 16) if args.quick else (3, 32, 32), batches, seconds, least)
+    rows += measure_scaling((3, 16, 16) if args.quick else (3, 32, 32), batches, args.skip, seconds, least)
     env = environment()
     write_csv(args.out / "solve.csv", [{**row, **env} for row in rows])
     picture(rows, args.out / "solve.png")

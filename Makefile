@@ -96,6 +96,7 @@ asan: venv  ## the CPU extension and its tests under the address and undefined-b
 
 bench: build  ## timings against torch, SciPy and PETSc, as CSV and pictures in out/bench
 	$(PY) bench/bench_conv_bn.py --out out/bench
+	$(PY) bench/bench_networks.py --out out/bench
 	$(PY) bench/bench_solve.py --out out/bench
 
 lint: venv  ## ruff, mypy, clang-format

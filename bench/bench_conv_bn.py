@@ -3,6 +3,12 @@
     python bench/bench_conv_bn.py [--quick] [--compile] [--dtype float32] [--layout channels_last] [--mode eval]
 
 Writes conv_bn.csv and conv_bn.png into --out; ends with geometric means and the smallest ratio.
+
+Much of eager's time on large tensors is fresh memory (page faults), which ours avoid. To see what is left without that:
+
+    GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456 \
+        python bench/bench_conv_bn.py        # a malloc that keeps its memory, for everybody
+    CONVBN_EXT_POOL=0 python bench/bench_conv_bn.py     # fresh memory for us too
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Whole networks, 3×32×32, batch 128: training step of ResNet-18 and of a depthwise-separable network, and their memory.
+"""Whole networks, 3×32×32, batch 128: training step of ResNet-18 and of a depthwise-separable network, and memory.
 
     python bench/bench_networks.py [--quick] [--dtype float32] [--compile]
 
-Ours in every memory mode against eager torch and torch.compile: ms per step (forward, loss, backward, SGD), bytes that wait
-for the backward pass, and the largest relative difference of the losses over --steps steps. Writes networks.csv into --out.
+Ours in every memory mode against eager torch and torch.compile: ms per step (forward, loss, backward, SGD), bytes that
+wait for the backward pass, and the largest relative difference of the losses over --steps steps. Writes networks.csv
+into --out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,6 +38,7 @@ class Block(nn.Module):
             self.past = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
+        """act(BN(conv(act(BN(conv(x))))) + past(x))"""
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return self.relu(out + self.past(x))
 
@@ -51,10 +54,12 @@ class FusedBlock(nn.Module):
         self.past = layer(*block.past, memory=memory) if len(block.past) else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """As Block's."""
         return self.second(self.first(x), residual=x if self.past is None else self.past(x))
 
 
 def resnet18() -> nn.Sequential:
+    """ResNet-18 with the stem for small images: 3×3, no pooling."""
     widths = [
         (64, 64, 1),
         (64, 64, 1),
@@ -109,6 +114,7 @@ def saved_bytes(network: nn.Module, x: Tensor) -> int:
 
 
 def main() -> None:
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs="+", default=["resnet18", "separable"], choices=["resnet18", "separable"])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
@@ -146,7 +152,7 @@ def measure(
         networks["torch.compile"] = torch.compile(copy.deepcopy(plain))  # type: ignore[assignment]
     losses: dict[str, list[float]] = {k: [] for k in networks}
 
-    def step(kind: str, network: nn.Module):
+    def step(kind: str, network: nn.Module) -> Callable[[], None]:
         optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
 
         def run() -> None:

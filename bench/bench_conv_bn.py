@@ -2,6 +2,9 @@
 
     python bench/bench_conv_bn.py [--quick] [--compile] [--dtype float32] [--layout channels_last] [--mode eval]
 
+With --device cuda eager is torch's cuDNN path, timed by events with a cold L2 cache. The column "vs_copy" is the time
+over that of moving the full-tensor passes (3 forward, 8 with backward, 2 in eval) at the bandwidth of a copy.
+
 Writes conv_bn.csv and conv_bn.png into --out; ends with geometric means and the smallest ratio.
 
 Much of eager's time on large tensors is fresh memory (page faults), which ours avoid. To see what is left without that:
@@ -19,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import environment, geometric_mean, interleave, write_csv
+from harness import add_device_argument, copy_bandwidth, environment, geometric_mean, interleave, write_csv
 from torch import nn
 
 import convbn_ext as cb
@@ -44,6 +47,15 @@ UNSEEN = [(24, 48, 96, 3, 40, 1, 1), (20, 96, 40, 1, 36, 1, 1), (40, 24, 24, 5, 
 DTYPES = ["float32", "bfloat16"]
 LAYOUTS = ["channels_last", "contiguous"]
 MODES = ["forward", "forward+backward", "eval"]
+
+
+PASSES = {"forward": 3, "forward+backward": 8, "eval": 2}
+
+
+def pass_bytes(shape, dtype) -> int:
+    """Bytes of the layer's output: what one full-tensor pass moves."""
+    n, _, c_out, k, h, stride, _ = shape
+    return n * c_out * ((h + k // 2 * 2 - k) // stride + 1) ** 2 * dtype.itemsize
 
 
 def name_of(shape) -> str:
@@ -125,11 +137,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too (slow to warm up)")
     parser.add_argument("--quick", action="store_true", help="four shapes, half a second each")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    add_device_argument(parser)
     args = parser.parse_args()
     shapes = SHAPES[3:10:2] if args.quick else SHAPES + UNSEEN
     seconds = 0.5 if args.quick else args.seconds
     flush = torch.empty(2**26 if args.cold else 1)  # 256 MB
-    env, rows = environment(), []
+    env, rows, bandwidth = environment(), [], copy_bandwidth(64 if args.quick else 1024)
     configurations = list(itertools.product(args.dtype, args.layout, args.mode))
     for dtype, layout, mode in configurations:
         for shape in shapes:
@@ -149,6 +162,7 @@ def main() -> None:
                     **m,
                     "vs_eager": measured["eager"]["p50"] / m["p50"],
                     "vs_conv": m["p50"] / measured["conv alone"]["p50"],
+                    "vs_copy": m["p50"] / (1e3 * pass_bytes(shape, getattr(torch, dtype)) * PASSES[mode] / bandwidth),
                     **env,
                 }
                 for provider, m in measured.items()

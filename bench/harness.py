@@ -1,7 +1,12 @@
-"""Interleaved timing of several providers in one process, and one CSV row per measurement."""
+"""Interleaved timing of several providers in one process, and one CSV row per measurement.
+
+Calls are timed on torch's default device: with a clock on the CPU, with events on the current stream of a GPU, there
+after its L2 cache has been overwritten. The GPU's part has been executed on no GPU yet.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import resource
@@ -18,7 +23,9 @@ def environment() -> dict[str, str | int]:
     """What a figure depends on besides the code."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    device = torch.get_default_device()
     return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "cpu": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?"),
@@ -29,6 +36,49 @@ def environment() -> dict[str, str | int]:
 
 def _faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """--device, which becomes torch's default device."""
+
+    def choose(name: str) -> str:
+        if torch.device(name).type == "cuda" and not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError(f"no GPU here that torch {torch.__version__} can use")
+        torch.set_default_device(name)
+        return name
+
+    parser.add_argument("--device", type=choose, default="cpu", help="cpu, cuda or cuda:1")
+
+
+def copy_bandwidth(megabytes: int = 1024) -> float:
+    """Bytes read and written per second by a copy on the default device: the floor of every memory-bound kernel."""
+    source = torch.empty(megabytes << 20, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    milliseconds = interleave({"copy": lambda: target.copy_(source)}, seconds=0.5)["copy"]["p50"]
+    return 2 * source.numel() / (milliseconds / 1e3)
+
+
+def _wall_clock(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
+class _EventClock:
+    """Milliseconds of a call on the current stream, with a cold L2 cache, without the launch of its first kernel."""
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties(torch.get_default_device()).L2_cache_size
+        self._flush = torch.empty(2 * max(cache, 1 << 20), dtype=torch.uint8)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()  # also keeps the GPU busy while the host queues what follows
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
 
 
 def interleave(
@@ -45,15 +95,14 @@ def interleave(
     for name in names:  # warm-up: allocations, primitive caches, compilation
         for _ in range(2):
             providers[name]()
+    clock = _EventClock() if torch.get_default_device().type == "cuda" else _wall_clock
     start, rounds = time.perf_counter(), 0
     while rounds < least or time.perf_counter() - start < seconds:
         for i in range(len(names)):
             name = names[(i + rounds) % len(names)]
             before()
             fault = _faults()
-            begin = time.perf_counter()
-            providers[name]()
-            times[name].append((time.perf_counter() - begin) * 1e3)
+            times[name].append(clock(providers[name]))
             faults[name].append(_faults() - fault)
         rounds += 1
     result = {}

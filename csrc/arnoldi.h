@@ -9,11 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifdef __CUDACC__
-#define CONVBN_HOST_DEVICE __host__ __device__
-#else
-#define CONVBN_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace convbn {
 
@@ -73,8 +69,8 @@ struct SmallProblem {
 
   enum { kSteps, kEnd, kSingular, kHistory };
 
-  static constexpr int64_t record_size(int64_t restart) { return kHistory + restart; }
-  static constexpr int64_t size(int64_t restart) {
+  CONVBN_HOST_DEVICE static constexpr int64_t record_size(int64_t restart) { return kHistory + restart; }
+  CONVBN_HOST_DEVICE static constexpr int64_t size(int64_t restart) {
     return record_size(restart) + 3 * restart + 1 + restart * (restart + 1) / 2;
   }
   CONVBN_HOST_DEVICE static SmallProblem in(double* memory, int64_t restart) {

@@ -13,6 +13,19 @@ PaddingMode parse_padding_mode(std::string_view name) {
   TORCH_CHECK_VALUE(false, "conv_bn: padding_mode must be zeros, circular, reflect or replicate, got '", name, "'");
 }
 
+const char* name(PaddingMode mode) {
+  switch (mode) {
+    case PaddingMode::circular:
+      return "circular";
+    case PaddingMode::reflect:
+      return "reflect";
+    case PaddingMode::replicate:
+      return "replicate";
+    default:
+      return "zeros";
+  }
+}
+
 bool ConvGeometry::pads() const {
   return std::any_of(padding.begin(), padding.end(), [](int64_t p) { return p != 0; });
 }
@@ -40,23 +53,6 @@ std::vector<int64_t> ConvGeometry::output_sizes(IntArrayRef input_sizes, IntArra
   return sizes;
 }
 
-namespace {
-
-const char* torch_name(PaddingMode mode) {
-  switch (mode) {
-    case PaddingMode::circular:
-      return "circular";
-    case PaddingMode::reflect:
-      return "reflect";
-    case PaddingMode::replicate:
-      return "replicate";
-    default:
-      return "constant";
-  }
-}
-
-}  // namespace
-
 // oneDNN's bfloat16 and float16 convolutions return wrong or non-finite numbers for some shapes whose output is one
 // column wide (seen in torch 2.13 and 2.14 on an AMX machine); those are computed in float32.
 bool library_is_wrong(const Tensor& like, int64_t last_output_size) {
@@ -76,7 +72,7 @@ Tensor pad(const Tensor& x, const ConvGeometry& g) {
     last_axis_first.push_back(g.padding[2 * axis]);
     last_axis_first.push_back(g.padding[2 * axis + 1]);
   }
-  return at::pad(x, last_axis_first, torch_name(g.mode));
+  return at::pad(x, last_axis_first, g.mode == PaddingMode::zeros ? "constant" : name(g.mode));
 }
 
 // Axis by axis: what was copied out to the border is added back to where it came from.

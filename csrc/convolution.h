@@ -5,14 +5,17 @@
 #pragma once
 #include <ATen/ATen.h>
 
+#include <optional>
 #include <string_view>
 #include <tuple>
 #include <vector>
 
+#include "padding.h"
+
 namespace convbn {
 
-enum class PaddingMode { zeros, circular, reflect, replicate };
 PaddingMode parse_padding_mode(std::string_view name);
+const char* name(PaddingMode mode);
 
 struct ConvGeometry {
   std::vector<int64_t> stride;    // per spatial axis
@@ -26,6 +29,14 @@ struct ConvGeometry {
   bool pads_explicitly() const;  // padding that torch's convolution cannot do itself
   std::vector<int64_t> padded_sizes(at::IntArrayRef input_sizes) const;
   std::vector<int64_t> output_sizes(at::IntArrayRef input_sizes, at::IntArrayRef weight_sizes) const;
+};
+
+// The linear map D W of images flattened in the order (C, *spatial): a convolution and then a row scaling, if any.
+struct Convolution {
+  at::Tensor weight;
+  ConvGeometry geometry;
+  std::vector<int64_t> spatial;         // of the input
+  std::optional<at::Tensor> row_scale;  // (m,)
 };
 
 at::Tensor pad(const at::Tensor& x, const ConvGeometry& geometry);

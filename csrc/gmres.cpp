@@ -72,12 +72,13 @@ class Gmres final : public RestartLoop {
       if (Z_) Z_->assign(j, rows, z);
       const at::Tensor w = A_.apply(z);  // w ← A z
       V_->reserve(j + 2);
-      const at::Tensor H = krylov::orthonormalize(V_->blocks(), rows, j + 1, w);  // vⱼ₊₁ ← (I − V Vᴴ) w / ‖·‖
+      const at::Tensor H = krylov::orthonormalize(V_->blocks(), rows, j + 1, w).cpu();  // vⱼ₊₁ ← (I − V Vᴴ) w / ‖·‖
       std::vector<int64_t> still;
       for (size_t a = 0; a < active.size(); ++a)
         if (extend(open_[active[a]], hessenbergs_[active[a]], H.const_data_ptr<complex_t>() + int64_t(a) * (j + 3), j))
           still.push_back(active[a]);
       active = std::move(still);
+      if (options_.interrupt) options_.interrupt();
       if (options_.on_step) options_.on_step([&] { return estimates(); }, [&] { return residual_vectors(all, scale); });
     }
 
@@ -133,6 +134,8 @@ class Gmres final : public RestartLoop {
 
 GmresResult gmres(const LinearMap& A, const at::Tensor& b, const std::optional<at::Tensor>& x0, const LinearMap* M,
                   const GmresOptions& options) {
+  if (!b.is_cpu() && b.is_floating_point() && !options.flexible && !options.on_step)
+    return device_gmres(A, b, x0, M, options);
   return Gmres(A, b, M, options).solve(x0);
 }
 

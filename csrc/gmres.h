@@ -41,6 +41,7 @@ struct GmresOptions {
   // inside float64 is iterative refinement: each cycle gains what float32 can, and the end-to-end accuracy is that of
   // float64.
   std::optional<at::ScalarType> inner_dtype;
+  std::function<void()> interrupt;  // called now and then; may throw: the solve ends with that exception
   // After each Arnoldi step: `norms()` gives the residual norms (B,) as the recurrence knows them, `vectors()` the
   // residuals themselves (B, n), for one pass over the basis. May throw: the solve ends with that exception.
   using Lazy = std::function<at::Tensor()>;
@@ -64,10 +65,19 @@ struct GmresResult {
 GmresResult gmres(const LinearMap& A, const at::Tensor& b, const std::optional<at::Tensor>& x0, const LinearMap* M,
                   const GmresOptions& options);
 
+// gmres for real systems with the decisions of a cycle on the device: the host learns at its end what came of it, not
+// step by step, so on_step is refused. gmres takes this way itself where b is not on the CPU (device_gmres.cpp).
+GmresResult device_gmres(const LinearMap& A, const at::Tensor& b, const std::optional<at::Tensor>& x0,
+                         const LinearMap* M, const GmresOptions& options);
+
 // The same for systems that help each other: one Krylov space, spanned by the blocks of all of them (block_gmres.cpp).
 // An iteration is a block step; restart bounds the dimension of the space. Systems share their fate within a cycle, and
 // verdicts are per system.
 GmresResult block_gmres(const LinearMap& A, const at::Tensor& b, const std::optional<at::Tensor>& x0,
                         const LinearMap* M, const GmresOptions& options);
+
+// block_gmres as device_gmres is gmres (device_block_gmres.cpp).
+GmresResult device_block_gmres(const LinearMap& A, const at::Tensor& b, const std::optional<at::Tensor>& x0,
+                               const LinearMap* M, const GmresOptions& options);
 
 }  // namespace convbn

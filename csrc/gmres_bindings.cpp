@@ -50,15 +50,15 @@ GmresResult from_python(const LinearMap& A, const Tensor& b, const std::optional
                         int64_t max_basis_bytes, bool flexible, double least_reduction,
                         std::optional<at::ScalarType> inner_dtype, const py::object& on_step,
                         const py::object& on_cycle) {
-  GmresOptions options{rtol,        atol, restart, maxiter, max_cycles, max_basis_bytes, flexible, least_reduction,
-                       inner_dtype, {},   {}};
+  GmresOptions options{rtol,       atol, restart, maxiter, max_cycles, max_basis_bytes, flexible, least_reduction,
+                       inner_dtype};
   InterruptCheck interrupt;
-  options.on_step = [&](const auto& norms, const auto& vectors) {
-    if (on_step.is_none()) return interrupt();
-    const py::gil_scoped_acquire gil;
-    if (interrupt.due()) interrupt.look();
-    on_step(norms(), py::cpp_function(vectors));
-  };
+  options.interrupt = [&] { interrupt(); };
+  if (!on_step.is_none())
+    options.on_step = [&](const auto& norms, const auto& vectors) {
+      const py::gil_scoped_acquire gil;
+      on_step(norms(), py::cpp_function(vectors));
+    };
   if (!on_cycle.is_none())
     options.on_cycle = [&](const Tensor& x) {
       const py::gil_scoped_acquire gil;
@@ -101,6 +101,8 @@ void bind_gmres(py::module_& m) {
       .def_readonly("basis_limited", &GmresResult::basis_limited);
 
   define<gmres>(m, "gmres", "Restarted, right-preconditioned GMRES for a batch of systems; see csrc/gmres.h");
+  define<device_gmres>(m, "device_gmres", "gmres with the decisions of a cycle on the device; see csrc/gmres.h");
+  define<device_block_gmres>(m, "device_block_gmres", "block_gmres with the decisions of a cycle on the device");
   define<block_gmres>(m, "block_gmres", "GMRES over one Krylov space for all systems; see csrc/gmres.h");
 }
 

@@ -30,4 +30,31 @@ at::Tensor norms(const at::Tensor& x) {
   return op.call(x);
 }
 
+void rotate(const at::Tensor& small, const at::Tensor& H, const at::Tensor& limits, int64_t restart, double eps) {
+  using Signature = void(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, double);
+  static const auto op = verb<Signature>("convbn_ext::krylov_rotate");
+  op.call(small, H, limits, restart, eps);
+}
+
+at::Tensor solve(const at::Tensor& small, int64_t restart, int64_t K) {
+  static const auto op = verb<at::Tensor(const at::Tensor&, int64_t, int64_t)>("convbn_ext::krylov_solve");
+  return op.call(small, restart, K);
+}
+
+std::tuple<at::Tensor, at::Tensor> cycle(const at::Tensor& r, const at::Tensor& limits, int64_t restart, double eps,
+                                         const Convolution& A) {
+  using Signature = std::tuple<at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, int64_t, double, const at::Tensor&, const std::optional<at::Tensor>&,
+      at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t, c10::string_view);
+  static const auto op = verb<Signature>("convbn_ext::gmres_cycle");
+  const auto& g = A.geometry;
+  return op.call(r, limits, restart, eps, A.weight, A.row_scale, A.spatial, g.stride, g.padding, g.dilation, g.groups,
+                 name(g.mode));
+}
+
+bool has_cycle(const at::Tensor& r) {
+  const auto key = c10::computeDispatchKey(r.scalar_type(), r.layout(), r.device());
+  return c10::Dispatcher::singleton().findSchemaOrThrow("convbn_ext::gmres_cycle", "").hasKernelForDispatchKey(key);
+}
+
 }  // namespace convbn::krylov

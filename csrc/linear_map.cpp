@@ -54,6 +54,10 @@ struct ConvMap final : LinearMap {
     return convolve_adjoint_input(grad, weight_.to(u.scalar_type()), input_sizes, geometry_).flatten(1);
   }
 
+  std::optional<Convolution> convolution() const override {
+    return Convolution{weight_, geometry_, {input_sizes_.begin() + 2, input_sizes_.end()}, std::nullopt};
+  }
+
   Tensor weight_;
   ConvGeometry geometry_;
   std::vector<int64_t> input_sizes_, output_sizes_;  // -1 stands for the batch
@@ -99,6 +103,12 @@ struct ComposedMap final : LinearMap {
   ComposedMap(LinearMapPtr outer, LinearMapPtr inner) : outer_(std::move(outer)), inner_(std::move(inner)) {}
   Tensor apply(const Tensor& v) const override { return outer_->apply(inner_->apply(v)); }
   Tensor apply_adjoint(const Tensor& u) const override { return inner_->apply_adjoint(outer_->apply_adjoint(u)); }
+  std::optional<Convolution> convolution() const override {  // D W with a diagonal D
+    const auto* diagonal = dynamic_cast<const DiagonalMap*>(outer_.get());
+    auto result = diagonal ? inner_->convolution() : std::nullopt;
+    if (result) result->row_scale = result->row_scale ? *result->row_scale * diagonal->diagonal_ : diagonal->diagonal_;
+    return result;
+  }
   LinearMapPtr outer_, inner_;
 };
 

@@ -5,6 +5,10 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
+#include "convolution.h"
+
 namespace convbn {
 
 struct LinearMap {
@@ -16,6 +20,9 @@ struct LinearMap {
 
   // u (B, m) → Aᴴ u (B, n): ⟨A v, u⟩ = ⟨v, Aᴴ u⟩.
   virtual at::Tensor apply_adjoint(const at::Tensor& u) const = 0;
+
+  // The map as a convolution, for backends that build one into their kernels; none if it is something else.
+  virtual std::optional<Convolution> convolution() const { return std::nullopt; }
 };
 
 }  // namespace convbn

@@ -42,6 +42,11 @@ TORCH_LIBRARY(convbn_ext, m) {
   m.def("krylov_orthonormalize(Tensor(a!)[] V, Tensor rows, int k, Tensor w) -> Tensor");
   m.def("krylov_combine(Tensor[] V, Tensor rows, Tensor y) -> Tensor");
   m.def("krylov_norms(Tensor x) -> Tensor");
+  m.def("krylov_rotate(Tensor(a!) small, Tensor H, Tensor limits, int restart, float eps) -> ()");
+  m.def("krylov_solve(Tensor small, int restart, int K) -> Tensor");
+  m.def(
+      "gmres_cycle(Tensor r, Tensor limits, int restart, float eps, Tensor weight, Tensor? row_scale, int[] spatial, "
+      "int[] stride, int[] padding, int[] dilation, int groups, str padding_mode) -> (Tensor u, Tensor small)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -39,7 +39,7 @@ inline at::Tensor column(const std::vector<double>& values, const at::Tensor& li
 }
 
 inline std::vector<double> row_norms(const at::Tensor& x) {
-  const at::Tensor norms = krylov::norms(x);
+  const at::Tensor norms = krylov::norms(x).cpu();
   return {norms.const_data_ptr<double>(), norms.const_data_ptr<double>() + norms.numel()};
 }
 
@@ -93,6 +93,24 @@ class RestartLoop {
     const int64_t allowed = std::max<int64_t>(options_.max_basis_bytes / std::max<int64_t>(bytes, 1) - 1, 1);
     result_.basis_limited = allowed < result_.restart;
     result_.restart = std::min(result_.restart, allowed);
+  }
+
+  // A step of a block that all open systems share: their residual norms in units of the cycle's first ones, directions
+  // that are left, the smallest entry on H's new diagonal and ‖W‖. Whether the cycle ends with it.
+  template <class Norms>
+  bool share_step(const Norms& estimates, bool any_left, double smallest, double w_norm) {
+    bool all = true, limit = false;
+    for (size_t i = 0; i < open_.size(); ++i) {
+      System& s = open_[i];
+      const double estimate = s.residual * estimates[i];
+      s.history.push_back(estimate);
+      limit |= ++s.iterations == options_.maxiter;
+      s.singular |= smallest <= kNoise * eps_ * w_norm;
+      all &= estimate <= cycle_target(s);
+    }
+    const End end = end_of_step(!any_left, all ? 0 : 1, 0, limit);
+    for (System& s : open_) s.end = end;
+    return end != End::restart;
   }
 
   // Target of the recurrence in a cycle: below a few eps of its start it shows nothing but rounding.

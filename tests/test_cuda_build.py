@@ -21,7 +21,10 @@ import convbn_ext._build_info as build_info
 
 TABLE = Path(__file__).with_name("cuda_resources.csv")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-OPERATORS = ("conv_bn_forward", "conv_bn_backward", "krylov_orthonormalize", "krylov_combine", "krylov_norms")
+OPERATORS = (
+    *("conv_bn_forward", "conv_bn_backward", "krylov_orthonormalize", "krylov_combine", "krylov_norms"),
+    *("krylov_rotate", "krylov_solve", "gmres_cycle"),
+)
 
 pytestmark = pytest.mark.skipif(
     not getattr(build_info, "CUDA_ARCHITECTURES", []), reason="this build has no CUDA kernels: `make cuda` makes one"

@@ -3,8 +3,9 @@
 // a GPU.
 //
 //   CONVBN_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)   the only spelling of a launch
-//   CONVBN_DYNAMIC_SHARED(type, name)                                        the launch's dynamic shared memory as
-//   type*
+//   CONVBN_ALLOW_SHARED(kernel, bytes)                                       for more than 48 KiB of dynamic shared
+//   memory CONVBN_DYNAMIC_SHARED(type, name)                                        the launch's dynamic shared memory
+//   as type*
 #pragma once
 #include <cstdint>
 
@@ -15,6 +16,8 @@
 
 #define CONVBN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (kernel)<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+#define CONVBN_ALLOW_SHARED(kernel, bytes) \
+  (void)cudaFuncSetAttribute((kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes))
 #define CONVBN_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char convbn_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(convbn_dynamic_shared)

@@ -106,6 +106,7 @@ SIMT_CALL T shuffle(unsigned mask, T value, unsigned source, const void* site) {
 
 #define CONVBN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), simt::launch_kernel(#kernel, grid, block, shared_bytes, kernel, __VA_ARGS__))
+#define CONVBN_ALLOW_SHARED(kernel, bytes) ((void)(bytes))
 #define CONVBN_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(simt::dynamic_shared())
 
 SIMT_CALL inline void __syncthreads() { simt::barrier(0, simt::Vote::none, __builtin_return_address(0)); }

@@ -1,0 +1,77 @@
+"""What the Krylov kernels ask of memory: sectors and bank passes against the ideal, passes over the basis."""
+
+from collections import defaultdict
+
+import harness
+import pytest
+import torch
+from simulated_ops import SimulatedOps, simulated
+from test_simt_gmres import layer, right_hand_sides
+from test_simt_krylov import blocks, orthonormal_basis
+
+from convbn_ext import _C
+
+pytestmark = pytest.mark.skipif("instrumented" not in harness.BUILDS, reason="the instrumented build counts traffic")
+
+DTYPES = [torch.float32, torch.float64]
+VECTORS = ("V0", "V1", "w", "x", "out", "r", "u", "far")
+
+
+def counted(run):
+    """(kernel, region, space, mode) → [moved, ideal] of what ``run(simulator)`` launches."""
+    sim = harness.simulator("instrumented")
+    sim.schedule("ascending")
+    sim.traffic()
+    run(sim)
+    table = defaultdict(lambda: [0, 0])
+    for row in sim.traffic():
+        name = row.kernel.split("<")[0].strip("(")
+        table[name, row.region, row.space, row.mode][0] += row.moved
+        table[name, row.region, row.space, row.mode][1] += row.ideal
+    return table
+
+
+def check(table, title, capsys):
+    """Vectors and shared memory within 1.10 of the ideal; the table is printed."""
+    lines = []
+    for (kernel, region, space, mode), (moved, ideal) in sorted(table.items()):
+        lines.append(f"{kernel:28} {region:12} {space:6} {mode:5} {moved:7} {ideal:7} {moved / ideal:5.2f}")
+        if region in VECTORS or space == "shared":
+            assert moved <= 1.10 * ideal, lines[-1]
+    with capsys.disabled():
+        print(f"\n{title}: sectors or bank passes, ideal, ratio")
+        print("\n".join(lines))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_verbs(dtype, capsys):
+    n, k, rows = 2048, 12, torch.tensor([2, 0])
+    V = blocks(orthonormal_basis(n, k, dtype), k + 1)
+
+    def run(sim):
+        ops = SimulatedOps(sim)
+        ops.krylov_orthonormalize(V, rows, k, right_hand_sides(n, 2, dtype))
+        ops.krylov_combine(V, rows, torch.ones(2, k, dtype=torch.complex128))
+        ops.krylov_norms(right_hand_sides(n, 2, dtype))
+
+    table = counted(run)
+    check(table, f"verbs, {dtype}, {k} vectors", capsys)
+    # V0 holds 4 of the vectors: read by two projections and two updates (not where a coefficient is exactly zero); the
+    # second projection follows the first update chunk by chunk, out of the cache
+    assert table["krylov_project_kernel", "V0", "global", "read"][0] * 32 <= 4 * 4 * 2 * n * dtype.itemsize
+    assert table["krylov_combine_kernel", "V0", "global", "read"][0] * 32 == 4 * 2 * n * dtype.itemsize
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shared_bytes", [10 << 10, 64 << 10], ids=["global", "shared"])
+def test_cycle(dtype, shared_bytes, capsys):
+    op = layer((3, 8, 8), kernel_size=3, padding=1)
+
+    def run(sim):
+        with simulated(sim, cycle=True, shared_bytes=shared_bytes):
+            _C.device_gmres(op.map, right_hand_sides(192, 1, dtype), maxiter=12, rtol=0.0)
+
+    table = counted(run)
+    check(table, f"cycle of 12 steps, {dtype}, {shared_bytes >> 10} KiB shared", capsys)
+    in_shared = ("gmres_cycle_kernel", "far", "global", "read") not in table
+    assert in_shared == (shared_bytes == 64 << 10)

@@ -6,6 +6,7 @@ load_extension()
 
 from ._version import __version__  # noqa: E402
 from .conv_bn import conv_bn  # noqa: E402
+from .distributed import convert_sync, solve_sharded  # noqa: E402
 from .errors import errors  # noqa: E402
 from .fold import fold  # noqa: E402
 from .fuse import FusionReport, fuse, unfuse  # noqa: E402
@@ -28,6 +29,7 @@ __all__ = [
     "SolveResult",
     "__version__",
     "conv_bn",
+    "convert_sync",
     "errors",
     "fold",
     "fuse",
@@ -37,5 +39,6 @@ __all__ = [
     "receptive_field_of",
     "release_memory",
     "solve",
+    "solve_sharded",
     "unfuse",
 ]

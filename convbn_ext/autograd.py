@@ -105,7 +105,55 @@ def _update_fake(
     pass
 
 
+@torch.library.register_fake("convbn_ext::bn_statistics")
+def _statistics_fake(y: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var = (y.new_empty(y.shape[1], dtype=torch.float64) for _ in range(2))
+    return mean, var
+
+
+@torch.library.register_fake("convbn_ext::bn_apply")
+def _apply_fake(
+    y: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, activation: str, slope: float
+) -> Tensor:
+    return torch.empty_like(y)
+
+
+@torch.library.register_fake("convbn_ext::bn_backward_reduce")
+def _reduce_fake(grad: Tensor, y: Tensor, mean: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean), torch.empty_like(mean)
+
+
+@torch.library.register_fake("convbn_ext::bn_backward_apply")
+def _backward_apply_fake(
+    grad: Tensor, y: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), y.new_empty(0) if residual is None else torch.empty_like(y)
+
+
 # ---- second derivatives: the gradient of the gradient of the same formula in torch's own operators ----
+
+
+def convolve(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """W ⋆ pad(x) + bias in torch's operators; padding is (lo, hi) per spatial axis, none for a linear layer."""
+    axes = input.dim() - 2
+    if axes == 0:
+        return F.linear(input, weight, bias)
+    none = [0] * axes
+    low, high = list(padding[::2]), list(padding[1::2])
+    if padding_mode == "zeros" and low == high:
+        return torch.ops.aten.convolution(input, weight, bias, stride, low, dilation, False, none, groups)
+    last_axis_first = [p for i in reversed(range(axes)) for p in padding[2 * i : 2 * i + 2]]
+    x = F.pad(input, last_axis_first, "constant" if padding_mode == "zeros" else padding_mode)
+    return torch.ops.aten.convolution(x, weight, bias, stride, none, dilation, False, none, groups)
 
 
 def _compose(
@@ -113,15 +161,9 @@ def _compose(
 ) -> Tensor:
     """act(BN(w ⋆ x) + residual); of a piecewise linear activation the sign may come from ``out``."""
     input, weight, bn_weight, bn_bias, residual = tensors
-    stride, padding, dilation, groups, padding_mode, eps, activation, slope = options
-    axes = input.dim() - 2
-    if axes == 0:
-        y = F.linear(input, weight)
-    else:
-        last_axis_first = [p for i in reversed(range(axes)) for p in padding[2 * i : 2 * i + 2]]
-        x = F.pad(input, last_axis_first, "constant" if padding_mode == "zeros" else padding_mode)
-        y = torch.ops.aten.convolution(x, weight, None, stride, [0] * axes, dilation, False, [0] * axes, groups)
-    per_channel = (1, -1) + (1,) * axes
+    *geometry, eps, activation, slope = options
+    y = convolve(input, weight, *geometry)
+    per_channel = (1, -1) + (1,) * (input.dim() - 2)
     if training:
         var, mean = torch.var_mean(y, [0, *range(2, y.dim())], correction=0, keepdim=True)
     else:

@@ -2,74 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import autograd  # noqa: F401  (registers shapes and gradients of the operators)
+from . import autograd  # registers shapes and gradients of the operators
+from .activation import apply_activation, parse_activation
 from .geometry import Geometry
+from .normalize import Normalisation, find_groups, normalize, update_running
 
-_ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu", "gelu", "hardswish")
 _MEMORY = ("save", "chain", "recompute", "invert")
-
-
-class Activation(NamedTuple):
-    """An activation as the operators take it; slope counts for leaky_relu alone."""
-
-    name: str
-    slope: float = 0.0
-
-
-def parse_activation(activation: str | nn.Module | None) -> Activation:
-    """Read an activation given as a name, "leaky_relu(0.2)", or a plain torch module.
-
-    Raises:
-        ValueError: the activation is not one of identity, relu, leaky_relu, silu, gelu (exact), hardswish.
-    """
-    if activation is None or isinstance(activation, nn.Identity):
-        return Activation("identity")
-    if isinstance(activation, nn.ReLU):
-        return Activation("relu")
-    if isinstance(activation, nn.LeakyReLU):
-        return Activation("leaky_relu", float(activation.negative_slope))
-    if isinstance(activation, nn.SiLU):
-        return Activation("silu")
-    if isinstance(activation, nn.GELU) and activation.approximate == "none":
-        return Activation("gelu")
-    if isinstance(activation, nn.Hardswish):
-        return Activation("hardswish")
-    if isinstance(activation, str):
-        if activation in _ACTIVATIONS:
-            return Activation(activation, 0.01 if activation == "leaky_relu" else 0.0)
-        match = re.fullmatch(r"leaky_relu\(([^()]+)\)", activation)
-        if match:
-            return Activation("leaky_relu", float(match.group(1)))
-    raise ValueError(
-        f"conv_bn: activation must be one of {', '.join(_ACTIVATIONS)} or leaky_relu(slope), got {activation!r}"
-    )
-
-
-def activation_module(activation: str | nn.Module | None) -> nn.Module:
-    """The activation as torch's own module."""
-    if isinstance(activation, nn.Module):
-        return activation
-    name, slope = parse_activation(activation)
-    if name == "leaky_relu":
-        return nn.LeakyReLU(slope)
-    names = {"identity": "Identity", "relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "hardswish": "Hardswish"}
-    return getattr(nn, names[name])()
-
-
-def apply_activation(v: Tensor, activation: str | nn.Module | None) -> Tensor:
-    """The activation in torch's own operators."""
-    name, slope = parse_activation(activation)
-    if name == "leaky_relu":
-        return F.leaky_relu(v, slope)
-    return v if name == "identity" else getattr(F, name)(v)
 
 
 def _per_axis(value: int | Sequence[int], name: str, axes: int) -> tuple[int, ...]:
@@ -147,12 +92,15 @@ def conv_bn(
     residual: Tensor | None = None,
     memory: str = "save",
     process_group: Any = None,
+    norm: str = "batch",
+    num_groups: int | None = None,
 ) -> Tensor:
     """Convolution, batch normalisation, residual sum and activation in one differentiable operator.
 
     Equals ``act(F.batch_norm(F.convNd(pad(input), weight, bias, ...), running_mean, running_var, bn_weight, bn_bias,
     training, momentum, eps) + residual)``; for 2-d input ``F.linear`` takes the convolution's place.
     In training mode the convolution's bias cancels: it only moves running_mean, and its gradient is zero.
+    ``torch.export`` sees these operators of torch instead of the fused one.
 
     Args:
         input: (N, C_in) or (N, C_in, *spatial) with 1 to 3 spatial axes; float64, float32, bfloat16 or float16.
@@ -175,7 +123,12 @@ def conv_bn(
         memory: what the backward pass starts from: "save" keeps input and the convolution's output y; "chain" y alone,
             where the input comes from another such layer, whose y gives it once more; "recompute" keeps the input and
             convolves again; "invert" recovers y from the output (identity and leaky_relu, γ ≠ 0).
-        process_group: must be None; statistics are those of this process.
+        process_group: of torch.distributed; in training the statistics are those of all its processes, whose local
+            batches may differ in size and be empty. Every process must call this function, and its backward pass.
+        norm: "batch"; or statistics of every sample alone, the same in training and in eval: "layer" over all
+            channels and positions, "group" over those of num_groups groups of channels, "instance" over those of
+            one channel. bn_weight and bn_bias are per channel in each.
+        num_groups: groups of channels of norm="group".
 
     Returns:
         (N, C_out, *out), in channels_last if the convolution's output is.
@@ -183,8 +136,6 @@ def conv_bn(
     Raises:
         ValueError: an argument of wrong shape, dtype, device or value; the message names it.
     """
-    if process_group is not None:
-        raise ValueError("conv_bn: process_group must be None: statistics across processes are not available yet")
     if memory not in _MEMORY:
         raise ValueError(f"conv_bn: memory must be one of {', '.join(_MEMORY)}, got {memory!r}")
     act = parse_activation(activation)
@@ -203,6 +154,29 @@ def conv_bn(
         residual=residual,
     )
     shape = expand_geometry(weight.shape[2:], stride, padding, dilation, groups, padding_mode)
+    geometry = (shape.stride, [p for pair in shape.padding for p in pair], shape.dilation, groups, padding_mode)
+    statistic_groups = find_groups(norm, num_groups, weight.shape[0])
+    if torch.compiler.is_exporting() and process_group is None:  # other runtimes know torch's operators alone
+        y = autograd.convolve(input, weight, *geometry, bias=bias)
+        if statistic_groups is None:
+            v = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        else:
+            v = F.group_norm(y, statistic_groups, bn_weight, bn_bias, eps)
+        return apply_activation(v if residual is None else v + residual, activation)
+    if statistic_groups is not None or (training and process_group is not None):
+        if memory != "save":
+            raise ValueError(f"conv_bn: memory must be 'save' with norm={norm!r} or a process_group, got {memory!r}")
+        if statistic_groups is not None and not (
+            running_mean is None and running_var is None and process_group is None
+        ):
+            raise ValueError(f"conv_bn: running_mean, running_var and process_group must be None with norm={norm!r}")
+        options = Normalisation(statistic_groups, process_group, eps, *act)
+        added, cancelled = (None, bias) if statistic_groups is None else (bias, None)
+        y = autograd.convolve(input, weight, *geometry, bias=added)
+        out, mean, var, values = normalize(y, bn_weight, bn_bias, residual, cancelled, options)
+        if statistic_groups is None:
+            update_running(running_mean, running_var, mean, var, bias, int(values), momentum)
+        return out
     differentiable = (input, weight, bias, bn_weight, bn_bias, residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     out, _, mean, var = torch.ops.convbn_ext.conv_bn_forward(
@@ -216,17 +190,10 @@ def conv_bn(
         running_var,
         training,
         memory if needs_grad else "none",
-        shape.stride,
-        [p for pair in shape.padding for p in pair],
-        shape.dilation,
-        groups,
-        padding_mode,
+        *geometry,
         eps,
         *act,
     )
-    if training and not (running_mean is None and running_var is None):
-        count = out.numel() // out.shape[1]
-        torch.ops.convbn_ext.update_running_statistics(
-            running_mean, running_var, mean, var, None if bias is None else bias.detach(), count, momentum
-        )
+    if training:
+        update_running(running_mean, running_var, mean, var, bias, out.numel() // out.shape[1], momentum)
     return out

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from .modules import PAIRS, call_conv_bn, computes_as, has_hooks, is_activation, is_batch_norm, is_convolution
+from .modules import PAIRS, belongs, call_conv_bn, computes_as, has_hooks, is_activation, is_batch_norm, is_convolution
 
 Reason = Callable[[Any, Any], str | None]  # why a convolution and a batch normalisation must stay two modules
 _FUNCTIONS: dict[Any, str] = {
@@ -41,7 +41,7 @@ def why_not_fuse(conv: Any, bn: Any, shared: set[int]) -> str | None:
     if norm is None:
         own = not type(conv).__module__.startswith("torch.nn.")
         return f"{type(conv).__name__} has {'a forward of its own' if own else 'no fused operator'}"
-    if not computes_as(bn, norm):
+    if not belongs(conv, bn):
         return f"{type(bn).__name__} after {type(conv).__name__} is not nn.{norm.__name__}"
     if bn.num_features != conv.weight.shape[0]:
         return f"{bn.num_features} features after {conv.weight.shape[0]} channels"
@@ -120,17 +120,13 @@ def _activation_of(node: fx.Node, value: fx.Node, root: nn.Module) -> dict[str, 
     return {"functional": name} if name and not options else {}
 
 
-def _residual_of(node: fx.Node, value: fx.Node) -> fx.Node | None:
-    """The other summand where a node adds something to a value."""
-    if node.kwargs or len(node.args) != 2:
-        return None
+def _is_sum(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node adds another value to this one, and writes to no other."""
+    if node.target not in (operator.add, operator.iadd, torch.add, "add", "add_") or node.kwargs or len(node.args) != 2:
+        return False
     a, b = node.args
     in_place = node.target in (operator.iadd, "add_")
-    if node.target not in (operator.add, operator.iadd, torch.add, "add", "add_"):
-        return None
-    if a is value and isinstance(b, fx.Node) and b is not value:
-        return b
-    return a if b is value and isinstance(a, fx.Node) and not in_place and a is not value else None
+    return isinstance(a, fx.Node) and isinstance(b, fx.Node) and a is not b and (a is value or not in_place)
 
 
 @dataclass
@@ -138,8 +134,12 @@ class Match:
     """A chain and its nodes in the graph."""
 
     chain: Chain
-    nodes: list[fx.Node]  # convolution first
-    residual: fx.Node | None = None
+    nodes: list[fx.Node]  # convolution, batch normalisation, then sum and activation
+
+    @property
+    def residual(self) -> Any:
+        """The other summand, as it is now: rewriting another match may have replaced it."""
+        return next((a for a in self.nodes[2].args if a is not self.nodes[1]), None) if self.chain.residual else None
 
 
 def _grow(match: Match, root: nn.Module) -> Iterator[Match]:
@@ -150,9 +150,9 @@ def _grow(match: Match, root: nn.Module) -> Iterator[Match]:
         return
     (user,) = last.users
     if activation := _activation_of(user, last, root):
-        yield Match(replace(chain, **activation), [*match.nodes, user], match.residual)
-    elif match.residual is None and (residual := _residual_of(user, last)) is not None:
-        yield from _grow(Match(replace(chain, residual=True), [*match.nodes, user], residual), root)
+        yield Match(replace(chain, **activation), [*match.nodes, user])
+    elif not chain.residual and _is_sum(user, last):
+        yield from _grow(Match(replace(chain, residual=True), [*match.nodes, user]), root)
 
 
 def find_chains(graph: fx.Graph, root: nn.Module, why: Reason) -> tuple[list[Match], list[Left]]:

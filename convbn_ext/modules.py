@@ -9,14 +9,22 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .conv_bn import activation_module, apply_activation, conv_bn, parse_activation
+from .activation import activation_module, apply_activation, parse_activation
+from .conv_bn import conv_bn
 from .geometry import Geometry
+from .normalize import find_groups
+from .sync import SYNCED, group_of, training_step
 
 PAIRS: dict[type[Any], type[Any]] = {
     nn.Linear: nn.BatchNorm1d,
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
+}
+_INSTANCE: dict[type[Any], type[Any]] = {
+    nn.Conv1d: nn.InstanceNorm1d,
+    nn.Conv2d: nn.InstanceNorm2d,
+    nn.Conv3d: nn.InstanceNorm3d,
 }
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish)
 
@@ -25,29 +33,31 @@ def fused_call(
     conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str | nn.Module | None, memory: str
 ) -> Tensor:
     """act(bn(conv(input)) + residual) in one operator, with the running statistics updated once in training mode."""
-    counts = bn.training and bn.track_running_stats
-    momentum = bn.momentum
-    if momentum is None:  # cumulative average
-        momentum = 1.0 / float(bn.num_batches_tracked + 1) if counts else 0.0
-    shape: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if not isinstance(conv, nn.Linear):
-        shape = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-    updates = counts or not bn.training
+        options = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+    counts = False
+    if isinstance(bn, nn.GroupNorm):
+        options |= {"norm": "group", "num_groups": bn.num_groups}
+    elif not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        options |= {"norm": "instance"}
+    else:
+        counts, momentum = training_step(bn)
+        options |= {"training": bn.training or bn.running_mean is None, "momentum": momentum}
+        options["process_group"] = group_of(bn)
+        if counts or not bn.training:
+            options |= {"running_mean": bn.running_mean, "running_var": bn.running_var}
     out = conv_bn(
         input,
         conv.weight,
         conv.bias,
         bn_weight=bn.weight,
         bn_bias=bn.bias,
-        running_mean=bn.running_mean if updates else None,
-        running_var=bn.running_var if updates else None,
-        training=bn.training or bn.running_mean is None,
-        momentum=momentum,
         eps=bn.eps,
         activation=activation,
         residual=residual,
         memory=memory,
-        **shape,
+        **options,
     )
     if counts and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
         bn.num_batches_tracked.add_(1)  # a checkpoint's second pass, inside a backward pass, does not count
@@ -73,6 +83,12 @@ def computes_as(module: nn.Module, kind: type[Any]) -> bool:
     return same and isinstance(module, kind)
 
 
+def belongs(conv: nn.Module, bn: nn.Module) -> bool:
+    """Whether the two are a convolution and the batch normalisation of its dimension, over one process or several."""
+    norm = next((norm for kind, norm in PAIRS.items() if computes_as(conv, kind)), None)
+    return norm is not None and any(computes_as(bn, kind) for kind in (norm, SYNCED[norm], nn.SyncBatchNorm))
+
+
 def is_convolution(module: nn.Module | None) -> bool:
     """An nn.Linear, nn.Conv or nn.ConvTranspose, also as a subclass with another forward."""
     return isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
@@ -92,8 +108,7 @@ def call_is_fused(
     conv: Any, bn: Any, input: Tensor, residual: Tensor | None, activation: str | nn.Module | None
 ) -> bool:
     """Whether the call is still one that the operator computes: modules may have been exchanged, hooks added."""
-    norm = next((norm for kind, norm in PAIRS.items() if computes_as(conv, kind)), None)
-    if norm is None or not computes_as(bn, norm) or has_hooks(conv) or has_hooks(bn):
+    if not belongs(conv, bn) or has_hooks(conv) or has_hooks(bn):
         return False
     if isinstance(activation, nn.Module) and (not is_activation(activation) or has_hooks(activation)):
         return False
@@ -147,27 +162,54 @@ class _ConvBN(nn.Module):
 
         Args:
             conv: the nn.Linear or nn.Conv that this class stands for.
-            bn: the nn.BatchNorm that follows it.
+            bn: the normalisation that follows it: nn.BatchNorm, nn.SyncBatchNorm, nn.GroupNorm or, without running
+                statistics, nn.InstanceNorm.
             activation: a name or a torch module, see :func:`conv_bn`.
             memory: see :func:`conv_bn`.
 
         Raises:
             TypeError: conv or bn is of another class.
-            ValueError: bn's features are not conv's output channels, or an unknown activation.
+            ValueError: bn's features are not conv's output channels, an instance normalisation with running statistics,
+                or an unknown activation.
         """
         bn_type = PAIRS[cls._conv_type]
         if not isinstance(conv, cls._conv_type):
             raise TypeError(f"{cls.__name__}: conv must be nn.{cls._conv_type.__name__}, got {type(conv).__name__}")
-        if not isinstance(bn, bn_type):
-            raise TypeError(f"{cls.__name__}: bn must be nn.{bn_type.__name__}, got {type(bn).__name__}")
-        channels = conv.weight.shape[0]
-        if bn.num_features != channels:
-            raise ValueError(
-                f"{cls.__name__}: bn has {bn.num_features} features, but conv has {channels} output channels"
+        instance = _INSTANCE.get(cls._conv_type, bn_type)
+        if not isinstance(bn, bn_type | nn.SyncBatchNorm | nn.GroupNorm | instance):
+            raise TypeError(
+                f"{cls.__name__}: bn must be nn.{bn_type.__name__}, nn.SyncBatchNorm, nn.GroupNorm or "
+                f"nn.{instance.__name__}, got {type(bn).__name__}"
             )
+        if isinstance(bn, nn.modules.instancenorm._InstanceNorm) and bn.track_running_stats:
+            raise ValueError(f"{cls.__name__}: bn must have track_running_stats=False to be nn.{type(bn).__name__}")
+        channels = conv.weight.shape[0]
+        features = bn.num_channels if isinstance(bn, nn.GroupNorm) else bn.num_features
+        if features != channels:
+            raise ValueError(f"{cls.__name__}: bn has {features} features, but conv has {channels} output channels")
         layer = cls.__new__(cls)
         _ConvBN.__init__(layer, conv, bn, activation, memory)
         return layer.train(bn.training)
+
+    @classmethod
+    def _normalisation(
+        cls,
+        norm: str,
+        num_groups: int | None,
+        channels: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        **options: Any,
+    ) -> nn.Module:
+        """The torch module that holds the state of a normalisation, see :func:`conv_bn`."""
+        groups = find_groups(norm, num_groups, channels)
+        if groups is None:
+            return PAIRS[cls._conv_type](channels, eps, momentum, affine, track_running_stats, **options)
+        if norm == "instance" and cls._conv_type in _INSTANCE:
+            return _INSTANCE[cls._conv_type](channels, eps, affine=affine, **options)
+        return nn.GroupNorm(groups, channels, eps, affine, **options)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(bn(conv(input)) + residual), with the running statistics updated once in training mode."""
@@ -209,6 +251,8 @@ class _ConvBNd(_ConvBN):
         track_running_stats: bool = True,
         activation: str | nn.Module | None = "identity",
         memory: str = "save",
+        norm: str = "batch",
+        num_groups: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -216,8 +260,8 @@ class _ConvBNd(_ConvBN):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
             device=device, dtype=dtype,
         )  # fmt: skip
-        bn = PAIRS[self._conv_type](
-            out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        bn = self._normalisation(
+            norm, num_groups, out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
         super().__init__(conv, bn, activation, memory)
 
@@ -257,9 +301,13 @@ class LinearBN(_ConvBN):
         track_running_stats: bool = True,
         activation: str | nn.Module | None = "identity",
         memory: str = "save",
+        norm: str = "batch",
+        num_groups: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        bn = nn.BatchNorm1d(out_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        bn = self._normalisation(
+            norm, num_groups, out_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
         super().__init__(linear, bn, activation, memory)

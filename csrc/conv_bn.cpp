@@ -1,5 +1,7 @@
 #include "conv_bn.h"
 
+#include "batch_norm.h"
+
 namespace convbn {
 
 using at::Tensor;
@@ -133,6 +135,26 @@ void check_invertible(const ConvBnOptions& options, const Tensor& scale) {
       "slope; use memory='recompute' for the others");
   TORCH_CHECK_VALUE(scale.ne(0).all().item<bool>(),
                     "conv_bn: memory='invert' cannot undo bn_weight = 0; use memory='recompute' for this layer");
+}
+
+BnBackward bn_problem(const Tensor& y, const Tensor& mean, const Tensor& scale, const Tensor& bias,
+                      const OptionalTensor& residual, std::string_view activation, double slope) {
+  TORCH_CHECK_VALUE(y.dim() >= 2, "bn_apply: y must be (N, K, *), got shape ", y.sizes());
+  for (const Tensor& v : {mean, scale, bias})
+    TORCH_CHECK_VALUE(v.dim() == 1 && v.size(0) == y.size(1) && v.scalar_type() == at::kDouble,
+                      "bn_apply: mean, scale and bias must have shape (", y.size(1), ",) and dtype float64, got ",
+                      v.sizes(), " in ", v.scalar_type());
+  BnBackward bn;
+  bn.y = dense(y);
+  bn.mean = mean, bn.scale = scale, bn.bias = bias;
+  bn.activation = parse_activation(activation);
+  bn.slope = slope;
+  if (residual) {
+    TORCH_CHECK_VALUE(residual->sizes() == y.sizes(), "bn_apply: residual must have y's shape ", y.sizes(), ", got ",
+                      residual->sizes());
+    bn.residual = like_layout(*residual, bn.y);
+  }
+  return bn;
 }
 
 }  // namespace convbn

@@ -38,6 +38,17 @@ TORCH_LIBRARY(convbn_ext, m) {
   m.def(
       "update_running_statistics(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor mean, Tensor var, "
       "Tensor? bias, SymInt count, float momentum) -> ()");
+  // batch_norm.h
+  m.def("bn_statistics(Tensor y) -> (Tensor mean, Tensor var)");
+  m.def(
+      "bn_apply(Tensor y, Tensor mean, Tensor scale, Tensor bias, Tensor? residual, str activation, float slope) "
+      "-> Tensor");
+  m.def(
+      "bn_backward_reduce(Tensor grad, Tensor y, Tensor mean, Tensor scale, Tensor bias, Tensor? residual, "
+      "str activation, float slope) -> (Tensor sum_g, Tensor sum_gd)");
+  m.def(
+      "bn_backward_apply(Tensor grad, Tensor y, Tensor mean, Tensor scale, Tensor bias, Tensor? residual, "
+      "str activation, float slope, Tensor a, Tensor b, Tensor c) -> (Tensor grad_y, Tensor grad_residual)");
   // krylov.h
   m.def("krylov_orthonormalize(Tensor(a!)[] V, Tensor rows, int k, Tensor w) -> Tensor");
   m.def("krylov_combine(Tensor[] V, Tensor rows, Tensor y) -> Tensor");

@@ -309,6 +309,18 @@ def test_the_residual_is_proven_too():
     assert not report.fused[0].residual
 
 
+def test_a_chain_whose_residual_is_another_chain():
+    class Two(Residual):
+        def forward(self, x):
+            y = self.relu(self.bn1(self.conv1(x)))
+            return self.relu(self.bn2(self.conv2(y)) + y)
+
+    plain = randomized(Two())
+    fused, report = fused_copy(plain)
+    assert [(c.residual, c.activation) for c in report.fused] == [(False, "relu"), (True, "relu")]
+    assert_alike(plain, fused, FEATURES)
+
+
 def operator_iadd(a, b):
     a += b
     return a

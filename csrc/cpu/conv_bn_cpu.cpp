@@ -7,6 +7,7 @@
 #include <ATen/Version.h>
 #include <torch/library.h>
 
+#include "../batch_norm.h"
 #include "../conv_bn.h"
 #include "bn_blocks.h"
 #include "inference.h"
@@ -283,6 +284,10 @@ TORCH_LIBRARY_IMPL(convbn_ext, CPU, m) {
   m.impl("conv_bn_apply", &pooled<&conv_bn_apply<CpuKernels>>::call);
   m.impl("conv_bn_backward", &pooled<&conv_bn_backward<CpuKernels>>::call);
   m.impl("conv_bn_backward_", &pooled<&conv_bn_backward<CpuKernels, /*overwrite_y=*/true>>::call);
+  m.impl("bn_statistics", &pooled<&bn_statistics<CpuKernels>>::call);
+  m.impl("bn_apply", &pooled<&bn_apply<CpuKernels>>::call);
+  m.impl("bn_backward_reduce", &pooled<&bn_backward_reduce<CpuKernels>>::call);
+  m.impl("bn_backward_apply", &pooled<&bn_backward_apply<CpuKernels>>::call);
 }
 
 }  // namespace convbn

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import autograd  # registers shapes and gradients of the operators
 from .activation import apply_activation, parse_activation
@@ -71,6 +72,16 @@ def _check_tensors(input: Tensor, weight: Tensor, **others: Tensor | None) -> No
             raise ValueError(f"conv_bn: {name} must have dtype {allowed} like input, got {tensor.dtype}")
 
 
+def _wants_torchs_operators() -> bool:
+    """Whether somebody looks at the operators: an exported graph, dual numbers, vmap or jvp of torch.func."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if forward_ad._current_level >= 0:
+        return True
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(transform.key() != torch._C._functorch.TransformType.Grad for transform in transforms)
+
+
 def conv_bn(
     input: Tensor,
     weight: Tensor,
@@ -100,7 +111,8 @@ def conv_bn(
     Equals ``act(F.batch_norm(F.convNd(pad(input), weight, bias, ...), running_mean, running_var, bn_weight, bn_bias,
     training, momentum, eps) + residual)``; for 2-d input ``F.linear`` takes the convolution's place.
     In training mode the convolution's bias cancels: it only moves running_mean, and its gradient is zero.
-    ``torch.export`` sees these operators of torch instead of the fused one.
+    ``torch.export``, forward-mode differentiation, ``torch.func.jvp`` and ``vmap`` see these operators of torch instead
+    of the fused one, whose own are the first and second derivatives by ``backward``, ``torch.func.grad`` and ``vjp``.
 
     Args:
         input: (N, C_in) or (N, C_in, *spatial) with 1 to 3 spatial axes; float64, float32, bfloat16 or float16.
@@ -156,8 +168,8 @@ def conv_bn(
     shape = expand_geometry(weight.shape[2:], stride, padding, dilation, groups, padding_mode)
     geometry = (shape.stride, [p for pair in shape.padding for p in pair], shape.dilation, groups, padding_mode)
     statistic_groups = find_groups(norm, num_groups, weight.shape[0])
-    if torch.compiler.is_exporting() and process_group is None:  # other runtimes know torch's operators alone
-        y = autograd.convolve(input, weight, *geometry, bias=bias)
+    if process_group is None and _wants_torchs_operators():
+        y = autograd.convolve(input, weight, *geometry, bias=None if bias is None else bias.to(input.dtype))
         if statistic_groups is None:
             v = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         else:
@@ -172,6 +184,7 @@ def conv_bn(
             raise ValueError(f"conv_bn: running_mean, running_var and process_group must be None with norm={norm!r}")
         options = Normalisation(statistic_groups, process_group, eps, *act)
         added, cancelled = (None, bias) if statistic_groups is None else (bias, None)
+        added = None if added is None else added.to(input.dtype)
         y = autograd.convolve(input, weight, *geometry, bias=added)
         out, mean, var, values = normalize(y, bn_weight, bn_bias, residual, cancelled, options)
         if statistic_groups is None:

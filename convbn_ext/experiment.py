@@ -173,8 +173,8 @@ def conditioning(sizes: tuple[int, ...], crops: Tensor) -> Iterator[Conditioning
                 )
 
 
-def cifar10(directory: Path) -> Tensor:
-    """Images of CIFAR-10's binary version, (N, 3, 32, 32) float64 in [0, 1].
+def cifar10_records(directory: Path) -> tuple[Tensor, Tensor]:
+    """Labels (N,) and images (N, 3, 32, 32) of CIFAR-10's binary version, both uint8.
 
     Raises:
         ValueError: the directory holds no ``*_batch*.bin``, or a file that is not made of 3073-byte records.
@@ -182,13 +182,19 @@ def cifar10(directory: Path) -> Tensor:
     files = sorted(directory.glob("**/*_batch*.bin"))
     if not files:
         raise ValueError(f"--cifar {directory} holds no data_batch_*.bin or test_batch.bin (CIFAR-10's binary version)")
-    images = []
+    records = []
     for file in files:
         data = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
         if data.numel() == 0 or data.numel() % 3073:
             raise ValueError(f"{file} has {data.numel()} bytes, not a multiple of 3073 (label and 3×32×32 pixels)")
-        images.append(data.reshape(-1, 3073)[:, 1:].reshape(-1, 3, 32, 32))
-    return torch.cat(images).double() / 255
+        records.append(data.reshape(-1, 3073))
+    table = torch.cat(records)
+    return table[:, 0], table[:, 1:].reshape(-1, 3, 32, 32)
+
+
+def cifar10(directory: Path) -> Tensor:
+    """Images of CIFAR-10's binary version, (N, 3, 32, 32) float64 in [0, 1]."""
+    return cifar10_records(directory)[1].double() / 255
 
 
 def real_images(count: int, crops: Tensor, case: str) -> Iterator[Trial]:

@@ -140,3 +140,40 @@ def test_bad_layers():
         cb.ConvBN2d(3, 4, 3, activation="softplus")
     with pytest.raises(ValueError, match="input must have 4 dimensions"):
         cb.ConvBN2d(3, 4, 3)(torch.randn(3, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_half_precision_weights_with_float32_statistics(dtype, norm):
+    torch.manual_seed(0)
+    layer = cb.ConvBN2d(3, 6, 3, activation="relu", norm=norm, num_groups=2 if norm == "group" else None)
+    exact, x = copy.deepcopy(layer).double(), torch.randn(4, 3, 9, 8)
+    layer.conv.to(dtype)
+    exact.conv.load_state_dict(layer.conv.double().state_dict())
+    layer.conv.to(dtype)
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    out, expected = layer(x), exact(x.double())
+    assert out.dtype == dtype
+    assert norm != "batch" or out.is_contiguous(memory_format=torch.channels_last)
+    bound = 8 * torch.finfo(dtype).eps * float(expected.detach().abs().max())
+    assert float((out.double() - expected).abs().max()) <= bound
+    out.sum().backward()
+    assert layer.conv.weight.grad.dtype == dtype
+    assert layer.bn.weight.grad.dtype == torch.float32
+    if norm == "batch":
+        assert layer.bn.running_var.dtype == torch.float32
+        torch.testing.assert_close(layer.bn.running_var.double(), exact.bn.running_var, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_autocast(norm):
+    torch.manual_seed(0)
+    layer = cb.ConvBN2d(3, 4, 3, norm=norm, activation="silu")
+    x = torch.randn(4, 3, 8, 8)
+    expected = copy.deepcopy(layer)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+    out.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())

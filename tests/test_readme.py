@@ -14,6 +14,7 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.skipif(not README.exists(), reason="installed without the README")
 def test_python_examples_run(capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = [block for block in blocks if "train(images" not in block]  # quotes examples/invert_trained_layer.py
     assert len(blocks) >= 6
     torch.manual_seed(0)
     names = {}

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 import convbn_ext as cb
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # input, weight, options: tails, both memory formats, groups, depthwise, borders, one axis, Linear
 LAYERS = {
@@ -39,7 +38,6 @@ def results(f, tensors, grad):
 
 
 @pytest.mark.cuda
-@needs_cuda
 @pytest.mark.parametrize("algorithm", ["aten", "implicit_gemm", "auto"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["relu", "silu"])
@@ -71,7 +69,6 @@ def test_layers_on_a_gpu(name, activation, dtype, algorithm, monkeypatch):
 
 
 @pytest.mark.cuda
-@needs_cuda
 def test_an_unknown_algorithm_is_refused(monkeypatch):
     monkeypatch.setenv("CONVBN_EXT_ALGORITHM", "winograd")
     x, w = torch.randn(2, 3, 8, 8, device="cuda"), torch.randn(4, 3, 3, 3, device="cuda")
@@ -79,7 +76,6 @@ def test_an_unknown_algorithm_is_refused(monkeypatch):
         cb.conv_bn(x, w, training=True)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, needs_cuda])])
 def test_autocast_of_the_operator_itself(device):
     """Input, weight and residual are cast, gradients come back in the leaves' dtype."""
     x, w, r = (torch.randn(s, device=device, requires_grad=True) for s in ((2, 3, 8, 8), (4, 3, 3, 3), (2, 4, 6, 6)))

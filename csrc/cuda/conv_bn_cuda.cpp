@@ -1,14 +1,9 @@
 // The torch side of conv_bn on CUDA. The convolution is torch's or our own: implicit_gemm.h.
 #include <torch/library.h>
 
-<<<<<<< HEAD
+#include "../batch_norm.h"
 #include "bn_tensors.h"
 #include "implicit_gemm.h"
-=======
-#include "../batch_norm.h"
-#include "../conv_bn.h"
-#include "bn.h"
->>>>>>> e0c2cf6 (norm="group" | "layer" | "instance", process_group=, convert_sync, solve_sharded)
 
 namespace convbn {
 
@@ -103,14 +98,11 @@ struct CudaKernels {
 TORCH_LIBRARY_IMPL(convbn_ext, CUDA, m) {
   m.impl("conv_bn_forward", &conv_bn_forward<CudaKernels>);
   m.impl("conv_bn_backward", &conv_bn_backward<CudaKernels>);
-<<<<<<< HEAD
   m.impl("conv_bn_apply", &conv_bn_apply<CudaKernels>);
-=======
   m.impl("bn_statistics", &bn_statistics<CudaKernels>);
   m.impl("bn_apply", &bn_apply<CudaKernels>);
   m.impl("bn_backward_reduce", &bn_backward_reduce<CudaKernels>);
   m.impl("bn_backward_apply", &bn_backward_apply<CudaKernels>);
->>>>>>> e0c2cf6 (norm="group" | "layer" | "instance", process_group=, convert_sync, solve_sharded)
 }
 
 }  // namespace convbn

@@ -103,3 +103,11 @@ def test_a_singular_layer_has_no_factor(shape):
         conv.weight.zero_()
     op = cb.ConvBNOperator(conv, bn, shape)
     assert all(factorise(op, layout) is None for layout in layouts(op))
+
+
+def test_no_rows_are_solved_at_once():
+    op, factor, x = layer((3, 6, 5))
+    found = factor.solve(x[:0], op.scale, op.offset, 1e-10, 0.0)
+    assert found.all_met
+    assert found.z.shape == (0, op.shape[1])
+    assert factor.apply(x[:0]).shape == (0, op.shape[1])

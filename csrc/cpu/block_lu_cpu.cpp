@@ -237,6 +237,7 @@ struct BlockLU final : LinearMap {
   // work(first, count, width) for panels of columns [first, first + count), padded to `width`, on all threads.
   template <class Work>
   static void over_panels(int64_t B, const Work& work) {
+    if (B == 0) return;
     const int64_t share = padded((B + at::get_num_threads() - 1) / at::get_num_threads());
     const int64_t width = std::min(share, kPanel), panels = (B + width - 1) / width;
     const auto one = [&](int64_t i) { work(i * width, std::min(width, B - i * width), width); };

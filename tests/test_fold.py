@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from models import IMAGE, Branching, Wrapped, randomized
 from torch import nn
 
 import convbn_ext as cb
@@ -84,3 +85,23 @@ def test_bad_input():
         cb.fold(nn.ReLU(), nn.BatchNorm2d(5))
     with pytest.raises(TypeError, match="bn must be nn.BatchNorm1d"):
         cb.fold(nn.Conv2d(3, 4, 3), nn.ReLU())
+
+
+def test_fold_model():
+    plain = randomized(Wrapped())
+    plain(IMAGE)
+    folded = cb.fold(plain)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+    assert plain.training
+    torch.testing.assert_close(folded(IMAGE), plain.eval()(IMAGE))
+    branching = randomized(Branching())
+    branching(IMAGE)
+    folded = cb.fold(branching, example=IMAGE)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    torch.testing.assert_close(folded(IMAGE), branching.eval()(IMAGE))
+    transposed = nn.Sequential(nn.ConvTranspose2d(3, 4, 2, groups=1), nn.BatchNorm2d(4), nn.ReLU()).double()
+    transposed(IMAGE)
+    torch.testing.assert_close(cb.fold(transposed)(IMAGE), transposed.eval()(IMAGE))
+    layer = cb.ConvBN2d(3, 4, 3, activation="silu").double()
+    layer(IMAGE)
+    torch.testing.assert_close(cb.fold(layer)(IMAGE), layer.eval()(IMAGE))

@@ -1,7 +1,17 @@
 """Where tests run: a test that takes ``device`` runs on the CPU and, where there is one, on a GPU (mark ``cuda``)."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+
+import convbn_ext
+
+# scripts that tests start find the package also where it is built in place and not installed
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(convbn_ext.__file__).parents[1]), os.environ.get("PYTHONPATH")])
+)
 
 
 def pytest_generate_tests(metafunc):

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import convbn_ext as cb
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="installed without the examples")
 
@@ -60,8 +58,7 @@ def test_resnet18_on_a_cifar_directory(tmp_path):
 def test_ddp_with_torchrun():
     """The losses are those of torch's own modules in one process with the whole batches."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", EXAMPLES / "ddp.py"]
-    package = str(Path(cb.__file__).parents[1])  # also where it is built in place and not installed
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": package}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     options = {"capture_output": True, "text": True, "env": environment, "timeout": 120}
     done = subprocess.run([*command, "--steps", "20"], **options)
     assert done.returncode == 0, done.stderr[-2000:]

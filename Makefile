@@ -54,7 +54,7 @@ $(BOOST):
 	@test "$$(id -u)" = 0 || { echo "make simt needs boost.context:  sudo apt-get install libboost-context-dev"; exit 1; }
 	apt-get update -qq && apt-get install -y -qq libboost-context-dev
 
-simt: venv $(BOOST)  ## the CUDA kernels executed on the CPU: values, races, bounds, traffic
+simt: build $(BOOST)  ## the CUDA kernels executed on the CPU: values, races, bounds, traffic
 	$(MAKE) --no-print-directory -C tests/simt -j$(MAX_JOBS)
 	$(PY) -m pytest tests/simt
 	SIMT_BUILD=asan ASAN_OPTIONS=detect_leaks=0:halt_on_error=0:suppress_equal_pcs=0 LD_PRELOAD="$(LIBASAN)" $(PY) -m pytest tests/simt

@@ -140,3 +140,13 @@ def test_bad_input():
         cb.conv_bn(x, weight, norm="layer", memory="invert")
     with pytest.raises(ValueError, match="bn must have track_running_stats=False"):
         cb.ConvBN2d.from_modules(nn.Conv2d(3, 6, 3), nn.InstanceNorm2d(6, track_running_stats=True))
+
+
+@pytest.mark.parametrize("name", ["bn_statistics", "bn_apply", "bn_backward_reduce", "bn_backward_apply"])
+def test_opcheck_of_the_normalisation_alone(name):
+    y, grad = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    mean, scale, bias, a, b, c = torch.rand(6, 3, dtype=torch.float64)
+    arguments = (y, mean, scale + 0.5, bias, torch.randn_like(y), "relu", 0.0)
+    given = {"bn_statistics": (y,), "bn_apply": arguments, "bn_backward_reduce": (grad, *arguments)}
+    given["bn_backward_apply"] = (grad, *arguments, a, b, c)
+    torch.library.opcheck(getattr(torch.ops.convbn_ext, name).default, given[name])

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -83,75 +84,30 @@ class GmresResult:
     restart: int
     basis_limited: bool
 
-def gmres(
-    A: LinearMap,
-    b: Tensor,
-    x0: Tensor | None = None,
-    M: LinearMap | None = None,
-    *,
-    rtol: float = 1e-5,
-    atol: float = 0.0,
-    restart: int = 0,
-    maxiter: int = 0,
-    max_cycles: int = 0,
-    max_basis_bytes: int = 0,
-    flexible: bool = False,
-    least_reduction: float = 0.999,
-    inner_dtype: torch.dtype | None = None,
-    on_step: Callable[[Tensor, Callable[[], Tensor]], object] | None = None,
-    on_cycle: Callable[[Tensor], object] | None = None,
-) -> GmresResult: ...
-def device_gmres(
-    A: LinearMap,
-    b: Tensor,
-    x0: Tensor | None = None,
-    M: LinearMap | None = None,
-    *,
-    rtol: float = 1e-5,
-    atol: float = 0.0,
-    restart: int = 0,
-    maxiter: int = 0,
-    max_cycles: int = 0,
-    max_basis_bytes: int = 0,
-    flexible: bool = False,
-    least_reduction: float = 0.999,
-    inner_dtype: torch.dtype | None = None,
-    on_step: Callable[[Tensor, Callable[[], Tensor]], object] | None = None,
-    on_cycle: Callable[[Tensor], object] | None = None,
-) -> GmresResult: ...
-def device_block_gmres(
-    A: LinearMap,
-    b: Tensor,
-    x0: Tensor | None = None,
-    M: LinearMap | None = None,
-    *,
-    rtol: float = 1e-5,
-    atol: float = 0.0,
-    restart: int = 0,
-    maxiter: int = 0,
-    max_cycles: int = 0,
-    max_basis_bytes: int = 0,
-    flexible: bool = False,
-    least_reduction: float = 0.999,
-    inner_dtype: torch.dtype | None = None,
-    on_step: Callable[[Tensor, Callable[[], Tensor]], object] | None = None,
-    on_cycle: Callable[[Tensor], object] | None = None,
-) -> GmresResult: ...
-def block_gmres(
-    A: LinearMap,
-    b: Tensor,
-    x0: Tensor | None = None,
-    M: LinearMap | None = None,
-    *,
-    rtol: float = 1e-5,
-    atol: float = 0.0,
-    restart: int = 0,
-    maxiter: int = 0,
-    max_cycles: int = 0,
-    max_basis_bytes: int = 0,
-    flexible: bool = False,
-    least_reduction: float = 0.999,
-    inner_dtype: torch.dtype | None = None,
-    on_step: Callable[[Tensor, Callable[[], Tensor]], object] | None = None,
-    on_cycle: Callable[[Tensor], object] | None = None,
-) -> GmresResult: ...
+class _Solver(Protocol):
+    """What gmres, block_gmres and their versions for a device take."""
+
+    def __call__(
+        self,
+        A: LinearMap,
+        b: Tensor,
+        x0: Tensor | None = None,
+        M: LinearMap | None = None,
+        *,
+        rtol: float = 1e-5,
+        atol: float = 0.0,
+        restart: int = 0,
+        maxiter: int = 0,
+        max_cycles: int = 0,
+        max_basis_bytes: int = 0,
+        flexible: bool = False,
+        least_reduction: float = 0.999,
+        inner_dtype: torch.dtype | None = None,
+        on_step: Callable[[Tensor, Callable[[], Tensor]], object] | None = None,
+        on_cycle: Callable[[Tensor], object] | None = None,
+    ) -> GmresResult: ...
+
+gmres: _Solver
+block_gmres: _Solver
+device_gmres: _Solver
+device_block_gmres: _Solver

@@ -47,6 +47,12 @@ struct Rotation {
   }
 };
 
+// What is negligible of column j after its rotations: where it depends on the others, they leave √(j + 1) as much
+// rounding as there was.
+CONVBN_HOST_DEVICE inline double negligible_part(double noise, int64_t j, bool exhausted) {
+  return exhausted ? noise * std::sqrt(static_cast<double>(j + 1)) : noise;
+}
+
 // The rotation that takes (r, next), next ≥ 0, to (r', 0); r becomes r'. A column of which no more than `negligible` is
 // left beside the others adds nothing: r' = 1, its coefficient in y becomes zero, and it counts as singular.
 template <class scalar>
@@ -101,7 +107,8 @@ struct SmallProblem {
       column[i] = h[i];
     }
     bool singular = false;
-    const Rotation<double> rotation = eliminate(h[j], exhausted ? 0 : next, noise, singular);
+    const Rotation<double> rotation =
+        eliminate(h[j], exhausted ? 0 : next, negligible_part(noise, j, exhausted), singular);
     column[j] = h[j];
     cs[j] = rotation.cs;
     sn[j] = rotation.sn;

@@ -1,5 +1,6 @@
 // Normalisation alone, as four operators over a backend's kernels: for statistics that are not those of one process and
-// one channel (several processes; groups of channels of one sample). Python puts them together (normalize.py).
+// one channel (several processes; groups of channels of one sample). Python puts them together (normalize.py). And the
+// output of a layer that keeps y instead of it (memory="chain", conv_bn_autograd.cpp).
 //
 //   y, residual, grad, out (N, K, *) with one layout; mean, scale, bias, sums, a, b, c (K,) in float64
 //   bn_apply            out = act((y − mean)·scale + bias + residual)
@@ -21,6 +22,9 @@ std::tuple<at::Tensor, at::Tensor> bn_statistics(const at::Tensor& y) {
   return Kernels::statistics(dense(y));
 }
 
+using BnApplyOp = at::Tensor(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& scale,
+                             const at::Tensor& bias, const OptionalTensor& residual, std::string_view activation,
+                             double slope);
 template <class Kernels>
 at::Tensor bn_apply(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& scale, const at::Tensor& bias,
                     const OptionalTensor& residual, std::string_view activation, double slope) {

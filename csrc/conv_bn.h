@@ -101,27 +101,6 @@ using ConvBnBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tens
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
     std::string_view padding_mode, double eps, std::string_view activation, double slope,
     std::array<bool, 5> output_mask);
-using ConvBnApplyOp = at::Tensor(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
-                                 const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
-                                 const OptionalTensor& residual, double eps, std::string_view activation, double slope);
-
-// The output from y: what a layer hands over that keeps y instead of its output (memory="chain").
-template <class Kernels>
-at::Tensor conv_bn_apply(const at::Tensor& y, const at::Tensor& mean, const at::Tensor& var,
-                         const OptionalTensor& bn_weight, const OptionalTensor& bn_bias, const OptionalTensor& residual,
-                         double eps, std::string_view activation, double slope) {
-  BnForward bn;
-  bn.y = y;
-  bn.mean = mean;
-  bn.scale = bn_scale(var, bn_weight, eps);
-  bn.bias = bn_shift(mean, bn_bias);
-  bn.activation = parse_activation(activation);
-  bn.slope = slope;
-  if (residual) bn.residual = like_layout(*residual, y);
-  const at::Tensor out = at::empty_like(y);
-  if (out.numel() > 0) Kernels::apply(bn, out);
-  return out;
-}
 
 // y = w ⋆ x, dense, and its statistics unless mean is null.
 template <class Kernels>
@@ -213,6 +192,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
   bn.scale = bn_scale(var, bn_weight, eps);
   bn.bias = bn_shift(mean, bn_bias);
   switch (parse_memory(memory)) {
+    case Memory::none:
+      TORCH_CHECK_VALUE(false, "conv_bn_backward: memory must be save, chain, recompute or invert, got 'none'");
     case Memory::save:
       bn.y = *y;
       break;

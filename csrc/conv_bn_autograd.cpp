@@ -10,7 +10,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#include "conv_bn.h"
+#include "batch_norm.h"
 
 namespace convbn {
 
@@ -120,11 +120,12 @@ struct ConvBnBackward : torch::autograd::Node {
 
   // The output once more, by the same loop; for second derivatives with its place in the graph.
   Tensor output() {
-    static const auto op = find_operator<ConvBnApplyOp>("convbn_ext::conv_bn_apply");
+    static const auto op = find_operator<BnApplyOp>("convbn_ext::bn_apply");
     const std::lock_guard<std::mutex> lock(mutex_);
     const at::AutoDispatchBelowAutograd guard;
-    const Tensor result = op.call(y.unpack(), mean.unpack(), var.unpack(), optional(bn_weight.unpack()),
-                                  optional(bn_bias.unpack()), optional(residual.get()), eps, activation, slope);
+    const Tensor mean_ = mean.unpack(), scale = bn_scale(var.unpack(), optional(bn_weight.unpack()), eps);
+    const Tensor result = op.call(y.unpack(), mean_, scale, bn_shift(mean_, optional(bn_bias.unpack())),
+                                  optional(residual.get()), activation, slope);
     if (at::GradMode::is_enabled()) torch::autograd::impl::set_gradient_edge(result, {getptr(), 0});
     return result;
   }

@@ -96,9 +96,8 @@ class Gmres final : public RestartLoop {
       return false;
     }
     const bool exhausted = next <= noise;  // relative: the scale of A must not matter
-    // j + 1 rotations leave √(j + 1) as much rounding where the column depends on the others
-    const double negligible = exhausted ? noise * std::sqrt(double(j + 1)) : noise;
-    const double estimate = s.residual * hessenberg.append(h, exhausted ? 0 : next, negligible);
+    const double estimate =
+        s.residual * hessenberg.append(h, exhausted ? 0 : next, negligible_part(noise, j, exhausted));
     s.singular = hessenberg.singular();
     s.history.push_back(estimate);
     ++s.iterations;

@@ -33,9 +33,6 @@ TORCH_LIBRARY(convbn_ext, m) {
       "bool[5] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bn_weight, Tensor grad_bn_bias, "
       "Tensor grad_residual)");
   m.def(
-      "conv_bn_apply(Tensor y, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, "
-      "float eps, str activation, float slope) -> Tensor");
-  m.def(
       "update_running_statistics(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor mean, Tensor var, "
       "Tensor? bias, SymInt count, float momentum) -> ()");
   // batch_norm.h

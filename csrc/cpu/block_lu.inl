@@ -1,10 +1,10 @@
-// Inner loops of block_lu_cpu.cpp, float64. No includes: that file includes this one once per instruction set, inside a
-// target region, with kWordBytes (one register) and kTileWords (registers in a row of a tile) defined.
+// Inner loops of block_lu_cpu.cpp, float64. For each_isa.inl.
 //
 // Matrices are row-major and their row stride is a multiple of eight: rows are whole registers, zero beyond the matrix.
 
 typedef double word __attribute__((vector_size(kWordBytes), aligned(sizeof(double)), may_alias));
 constexpr int kLanes = kWordBytes / sizeof(double), kTileRows = 6, kPivots = 16;
+constexpr int kTileWords = kWordBytes == 64 ? 4 : 2;  // registers in a row of a tile, of 32 or 16
 
 // C ← A B, or C + A B with `add`, for rows × words·kLanes entries of C that stay in registers; A has strides (rs, cs).
 template <int rows, int words>

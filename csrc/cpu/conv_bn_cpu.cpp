@@ -281,7 +281,6 @@ struct pooled<f> {
 
 TORCH_LIBRARY_IMPL(convbn_ext, CPU, m) {
   m.impl("conv_bn_forward", &pooled<&conv_bn_forward<CpuKernels>>::call);
-  m.impl("conv_bn_apply", &pooled<&conv_bn_apply<CpuKernels>>::call);
   m.impl("conv_bn_backward", &pooled<&conv_bn_backward<CpuKernels>>::call);
   m.impl("conv_bn_backward_", &pooled<&conv_bn_backward<CpuKernels, /*overwrite_y=*/true>>::call);
   m.impl("bn_statistics", &pooled<&bn_statistics<CpuKernels>>::call);

@@ -9,11 +9,9 @@
 //   of the chunks. Work is split over systems, or over chunks when there are fewer systems than threads; either way the
 //   sums are the same.
 //
-// Inner loops: krylov_loops.h, once per instruction set; at::get_cpu_capability() (ATEN_CPU_CAPABILITY lowers it)
-// chooses.
+// Inner loops: krylov_loops.h, once per instruction set.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/real.h>
@@ -23,67 +21,14 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <string>
 #include <vector>
 
 #include "../krylov.h"
+#include "isa.h"
 #include "krylov_chunks.h"
 
-namespace baseline {
-enum { kWordBytes = 16 };
-namespace f32 {
-using real = float;
-#include "krylov_loops.h"
-}  // namespace f32
-namespace f64 {
-using real = double;
-#include "krylov_loops.h"
-}  // namespace f64
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-enum { kWordBytes = 32 };
-namespace f32 {
-using real = float;
-#include "krylov_loops.h"
-}  // namespace f32
-namespace f64 {
-using real = double;
-#include "krylov_loops.h"
-}  // namespace f64
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")
-#endif
-namespace avx512 {
-enum { kWordBytes = 64 };
-namespace f32 {
-using real = float;
-#include "krylov_loops.h"
-}  // namespace f32
-namespace f64 {
-using real = double;
-#include "krylov_loops.h"
-}  // namespace f64
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define CONVBN_LOOPS "krylov_reals.inl"
+#include "each_isa.inl"
 
 namespace convbn {
 namespace {
@@ -96,28 +41,19 @@ struct Loops {
   real (*amax)(const real* x, int64_t n);
 };
 
-#define CONVBN_LOOPS(isa, name) {isa::name::dots, isa::name::update, isa::name::scale, isa::name::amax}
+#define LOOPS_OF(isa, name) \
+  Loops<real> { isa::name::dots, isa::name::update, isa::name::scale, isa::name::amax }
 template <class real>
 const Loops<real>& loops() {
   static const Loops<real> best = [] {
-    [[maybe_unused]] const std::string isa = at::get_cpu_capability();
-    if constexpr (std::is_same_v<real, float>) {
-#if defined(__x86_64__)
-      if (isa == "AVX512") return Loops<real> CONVBN_LOOPS(avx512, f32);
-      if (isa == "AVX2") return Loops<real> CONVBN_LOOPS(avx2, f32);
-#endif
-      return Loops<real> CONVBN_LOOPS(baseline, f32);
-    } else {
-#if defined(__x86_64__)
-      if (isa == "AVX512") return Loops<real> CONVBN_LOOPS(avx512, f64);
-      if (isa == "AVX2") return Loops<real> CONVBN_LOOPS(avx2, f64);
-#endif
-      return Loops<real> CONVBN_LOOPS(baseline, f64);
-    }
+    if constexpr (std::is_same_v<real, float>)
+      return best_of(LOOPS_OF(baseline, f32), LOOPS_OF(avx2, f32), LOOPS_OF(avx512, f32));
+    else
+      return best_of(LOOPS_OF(baseline, f64), LOOPS_OF(avx2, f64), LOOPS_OF(avx512, f64));
   }();
   return best;
 }
-#undef CONVBN_LOOPS
+#undef LOOPS_OF
 
 // y ← 2⁻ᵉ x in two steps, since 2⁻ᵉ itself may be out of range.
 template <class real>

@@ -1,6 +1,5 @@
-// Inner loops of the Krylov verbs on one chunk of a vector. No include guard and no includes: krylov_cpu.cpp includes
-// this file once per instruction set and real type, inside a target region, with `real` and kWordBytes (one register)
-// defined. Raw pointers only.
+// Inner loops of the Krylov verbs on one chunk of a vector. For each_isa.inl, once per
+// instruction set and real type, with `real` and kWordBytes (one register) defined.
 //
 //   vec  64 bytes of reals, the same logical vector on every instruction set (one zmm, two ymm or four xmm registers),
 //   so

@@ -1,5 +1,4 @@
-// One row of a convolution with stride 1, float64. No includes: stencil_cpu.cpp includes this file once per instruction
-// set, inside a target region, with kWordBytes (one register) defined.
+// One row of a convolution with stride 1, float64. For each_isa.inl.
 //   out[x] = Σ_t w[t] · in[at[t] + x],  0 ≤ x < n
 // The sums of up to four registers stay in registers over all taps.
 

@@ -3,49 +3,16 @@
 //   y[b, c, p] = Σ_t w[c, t] · x[b, group(c), p + at(t)],  t over (C_in/groups, *kernel)
 // A thread owns whole (sample, output channel) planes; a plane is computed row by row, see stencil.inl.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "../stencil.h"
+#include "isa.h"
 
-namespace baseline {
-enum { kWordBytes = 16 };
-#include "stencil.inl"
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-enum { kWordBytes = 32 };
-#include "stencil.inl"
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")
-#endif
-namespace avx512 {
-enum { kWordBytes = 64 };
-#include "stencil.inl"
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define CONVBN_LOOPS "stencil.inl"
+#include "each_isa.inl"
 
 namespace convbn {
 
@@ -54,15 +21,6 @@ using at::Tensor;
 namespace {
 
 constexpr int64_t kMostTaps = 96;  // beyond, a GEMM has enough to do for each element that im2col copies
-
-auto best_row() {
-  [[maybe_unused]] const std::string isa = at::get_cpu_capability();
-#if defined(__x86_64__)
-  if (isa == "AVX512") return avx512::stencil_row;
-  if (isa == "AVX2") return avx2::stencil_row;
-#endif
-  return baseline::stencil_row;
-}
 
 // offsets[i] + k · step, 0 ≤ k < count, k fastest
 std::vector<int64_t> all_sums(const std::vector<int64_t>& offsets, int64_t count, int64_t step) {
@@ -81,7 +39,7 @@ bool stencil_applies(const Tensor& input, const Tensor& weight, const ConvGeomet
 }
 
 Tensor stencil_convolve(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
-  static const auto row = best_row();
+  static const auto row = best_of(&baseline::stencil_row, &avx2::stencil_row, &avx512::stencil_row);
   const Tensor x = (g.pads() ? pad(input, g) : input).contiguous(), w = weight.contiguous();
   const Tensor y = at::empty(g.output_sizes(input.sizes(), weight.sizes()), x.options());
   const int64_t axes = g.axes(), batch = y.size(0), C = y.size(1), taps = w[0].numel();

@@ -98,7 +98,6 @@ struct CudaKernels {
 TORCH_LIBRARY_IMPL(convbn_ext, CUDA, m) {
   m.impl("conv_bn_forward", &conv_bn_forward<CudaKernels>);
   m.impl("conv_bn_backward", &conv_bn_backward<CudaKernels>);
-  m.impl("conv_bn_apply", &conv_bn_apply<CudaKernels>);
   m.impl("bn_statistics", &bn_statistics<CudaKernels>);
   m.impl("bn_apply", &bn_apply<CudaKernels>);
   m.impl("bn_backward_reduce", &bn_backward_reduce<CudaKernels>);

@@ -46,7 +46,7 @@ def check(table, title, capsys):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_verbs(dtype, capsys):
     n, k, rows = 2048, 12, torch.tensor([2, 0])
-    V = blocks(orthonormal_basis(n, k, dtype), k + 1)
+    V = blocks(1.01 * orthonormal_basis(n, k, dtype), k + 1)  # not quite orthonormal: no coefficient is exactly zero
 
     def run(sim):
         ops = SimulatedOps(sim)
@@ -56,9 +56,9 @@ def test_verbs(dtype, capsys):
 
     table = counted(run)
     check(table, f"verbs, {dtype}, {k} vectors", capsys)
-    # V0 holds 4 of the vectors: read by two projections and two updates (not where a coefficient is exactly zero); the
-    # second projection follows the first update chunk by chunk, out of the cache
-    assert table["krylov_project_kernel", "V0", "global", "read"][0] * 32 <= 4 * 4 * 2 * n * dtype.itemsize
+    # V0 holds 4 of the vectors: read by two projections and two updates; the second projection follows the first update
+    # chunk by chunk, out of the cache
+    assert table["krylov_project_kernel", "V0", "global", "read"][0] * 32 == 4 * 4 * 2 * n * dtype.itemsize
     assert table["krylov_combine_kernel", "V0", "global", "read"][0] * 32 == 4 * 2 * n * dtype.itemsize
 
 

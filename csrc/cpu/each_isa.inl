@@ -1,0 +1,42 @@
+// Includes the file CONVBN_LOOPS once per instruction set, in the namespaces baseline, avx2 and avx512, each a target
+// region with kWordBytes (one register) defined. Such a file holds raw pointers and no includes: what a header would
+// define inside a region could be called outside of it. Off x86 the other two are names of the baseline. isa.h chooses.
+
+namespace baseline {
+enum { kWordBytes = 16 };
+#include CONVBN_LOOPS
+}  // namespace baseline
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+enum { kWordBytes = 32 };
+#include CONVBN_LOOPS
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")
+#endif
+namespace avx512 {
+enum { kWordBytes = 64 };
+#include CONVBN_LOOPS
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#else
+namespace avx2 = baseline;
+namespace avx512 = baseline;
+#endif
+#undef CONVBN_LOOPS

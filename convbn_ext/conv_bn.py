@@ -137,6 +137,7 @@ def conv_bn(
             convolves again; "invert" recovers y from the output (identity and leaky_relu, γ ≠ 0).
         process_group: of torch.distributed; in training the statistics are those of all its processes, whose local
             batches may differ in size and be empty. Every process must call this function, and its backward pass.
+            Second derivatives are not available across processes and raise NotImplementedError.
         norm: "batch"; or statistics of every sample alone, the same in training and in eval: "layer" over all
             channels and positions, "group" over those of num_groups groups of channels, "instance" over those of
             one channel. bn_weight and bn_bias are per channel in each.

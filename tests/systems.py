@@ -1,5 +1,8 @@
 """Matrices, maps and a checked solve that the tests of the Krylov solvers share."""
 
+import threading
+import time
+
 import numpy as np
 import scipy.sparse
 import torch
@@ -102,3 +105,23 @@ def slow_system():
     """A system that never converges and stays in C++: 20 steps a cycle without end."""
     csr = scipy.sparse.csr_array(convection_diffusion(60, 0.0) - 1.3 * np.eye(3600))
     return _C.CsrMap(*(torch.from_numpy(p) for p in (csr.indptr, csr.indices, csr.data)), 3600)
+
+
+def assert_other_threads_run(call):
+    """While a thread is in ``call``, this one gets at least every twentieth of its turns."""
+    seconds = []
+
+    def work():
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    thread.join()
+    assert seconds, "the call failed"
+    assert turns >= 0.05 * seconds[0] / 0.001

@@ -11,11 +11,10 @@
 // group, (G, C/G, R, S, K/G); depthwise (C = K = G) both times (R, S, C), and grad_weight gives (K, R, S, C/G) always.
 // All sums are taken in an order that depends on the shape alone.
 #pragma once
+#include "../padding.h"
 #include "bn.h"
 
 namespace convbn {
-
-enum class Border : int { zeros, circular, reflect, replicate };
 
 struct ConvProblem {
   Scalar scalar = Scalar::f32;  // not f64
@@ -24,7 +23,7 @@ struct ConvProblem {
   int channels = 0, out_channels = 0, groups = 1;
   int size[2] = {1, 1}, out_size[2] = {1, 1};                                             // (H, W), (P, Q)
   int kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};  // padding at the low end
-  Border border = Border::zeros;
+  PaddingMode border = PaddingMode::zeros;
 
   bool depthwise() const { return groups == channels && groups == out_channels && groups > 1; }
 };
@@ -40,7 +39,7 @@ int64_t conv_table_size(const ConvProblem& problem);
 void launch_conv_table(const BnProblem& bn, const double* a, const double* b, const double* c, float* table,
                        CUstream_st* stream);
 
-// Border::zeros alone: with other borders, of a problem over the padded input with padding 0, then folded.
+// PaddingMode::zeros alone: with other borders, of a problem over the padded input with padding 0, then folded.
 void launch_conv_grad_input(const ConvProblem& problem, const BnProblem& bn, const float* table, const void* weight,
                             void* dx, CUstream_st* stream);
 

@@ -14,7 +14,7 @@ namespace convbn {
 // is whole; outside [0, size) the border decides. −1: no pixel.
 struct Axis {
   int scale = 1, shift = 0, step = 0, divisor = 1, size = 1;
-  Border border = Border::zeros;
+  PaddingMode border = PaddingMode::zeros;
 
   __device__ __forceinline__ int at(int i, int tap) const {
     int v = i * scale + shift + tap * step;
@@ -22,17 +22,7 @@ struct Axis {
       if (v % divisor) return -1;
       v /= divisor;
     }
-    if (static_cast<unsigned>(v) < static_cast<unsigned>(size)) return v;
-    switch (border) {
-      case Border::zeros:
-        return -1;
-      case Border::circular:
-        return v < 0 ? v + size : v - size;
-      case Border::reflect:
-        return v < 0 ? -v : 2 * (size - 1) - v;
-      default:
-        return v < 0 ? 0 : size - 1;
-    }
+    return source_position(v, size, border);
   }
 };
 
@@ -137,7 +127,7 @@ inline Gather gather_adjoint(const ConvProblem& p) {
   g.per_group = p.out_channels / p.groups;
   for (int i = 0; i < 2; ++i) {
     g.kernel[i] = p.kernel[i];
-    g.axis[i] = {1, p.padding[i], -p.dilation[i], p.stride[i], p.out_size[i], Border::zeros};
+    g.axis[i] = {1, p.padding[i], -p.dilation[i], p.stride[i], p.out_size[i], PaddingMode::zeros};
   }
   return g;
 }

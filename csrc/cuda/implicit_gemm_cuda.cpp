@@ -36,7 +36,7 @@ ConvProblem problem_of(const Tensor& input, const Tensor& weight, const ConvGeom
   p.channels = static_cast<int>(input.size(1));
   p.out_channels = static_cast<int>(weight.size(0));
   p.groups = static_cast<int>(g.groups);
-  p.border = static_cast<Border>(g.mode);
+  p.border = g.mode;
   const auto output_sizes = g.output_sizes(input.sizes(), weight.sizes());
   for (int64_t i = 0; i < g.axes(); ++i) {
     const auto axis = 2 - g.axes() + i;
@@ -140,10 +140,10 @@ std::tuple<Tensor, Tensor> implicit_gemm_backward(const BnBackward& bn_, const T
   Tensor grad_input, grad_weight;
   if (needs_input) {
     ConvProblem q = p;
-    const bool folded = p.border != Border::zeros && g.pads();
+    const bool folded = p.border != PaddingMode::zeros && g.pads();
     const auto padded = g.padded_sizes(input.sizes());
     if (folded) {  // over the padded input; what the borders copied is added back
-      q.border = Border::zeros;
+      q.border = PaddingMode::zeros;
       for (int64_t i = 0; i < g.axes(); ++i) {
         q.size[2 - g.axes() + i] = static_cast<int>(padded[i + 2]);
         q.padding[2 - g.axes() + i] = 0;

@@ -15,7 +15,7 @@ convbn::ConvProblem problem(const int64_t* numbers) {
   p.channels = n(3);
   p.out_channels = n(4);
   p.groups = n(5);
-  p.border = static_cast<convbn::Border>(numbers[6]);
+  p.border = static_cast<convbn::PaddingMode>(numbers[6]);
   for (int i = 0; i < 2; ++i) {
     p.size[i] = n(7 + i);
     p.out_size[i] = n(9 + i);

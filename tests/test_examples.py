@@ -55,6 +55,13 @@ def test_resnet18_on_a_cifar_directory(tmp_path):
     assert load("resnet18").main(["--cifar", str(tmp_path), "--epochs", "4", "--width", "4"]) > 0.5
 
 
+def test_deblur():
+    """Training through the inverse; 120 steps would reach 33 dB."""
+    blurred, sharpened = load("deblur").main(["--steps", "60"])
+    assert blurred < 20
+    assert sharpened > 25
+
+
 def test_ddp_with_torchrun():
     """The losses are those of torch's own modules in one process with the whole batches."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", EXAMPLES / "ddp.py"]

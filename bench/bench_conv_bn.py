@@ -5,7 +5,8 @@
 With --device cuda eager is torch's cuDNN path, timed by events with a cold L2 cache. The column "vs_copy" is the time
 over that of moving the full-tensor passes (3 forward, 8 with backward, 2 in eval) at the bandwidth of a copy.
 
-Writes conv_bn.csv and conv_bn.png into --out; ends with geometric means and the smallest ratio.
+Writes conv_bn.csv and conv_bn.png into --out; ends with geometric means and the smallest ratio. "peak_MB" is what a
+call holds at most beside what was there before it.
 
 Much of eager's time on large tensors is fresh memory (page faults), which ours avoid. To see what is left without that:
 
@@ -17,12 +18,21 @@ Much of eager's time on large tensors is fresh memory (page faults), which ours 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import add_device_argument, copy_bandwidth, environment, geometric_mean, interleave, write_csv
+from harness import (
+    add_device_argument,
+    copy_bandwidth,
+    environment,
+    geometric_mean,
+    interleave,
+    peak_bytes,
+    write_csv,
+)
 from torch import nn
 
 import convbn_ext as cb
@@ -78,7 +88,7 @@ def providers(shape, dtype, layout, mode, compiled):
     x = torch.randn(n, c_in, h, h).to(dtype).contiguous(memory_format=memory_format).requires_grad_(backward)
     grad = torch.randn(conv(x).shape).to(dtype).contiguous(memory_format=memory_format)
 
-    def step(f):
+    def step(f, x=x, grad=grad):
         def run():
             if not backward:
                 with torch.no_grad():
@@ -94,6 +104,10 @@ def providers(shape, dtype, layout, mode, compiled):
         "eager": step(eager),
         "conv alone": step(lambda x: F.conv2d(x, conv.weight, None, stride, k // 2, 1, groups)),
     }
+    if layout == "contiguous":  # the peer that a user gets by converting model and data
+        like = {"memory_format": torch.channels_last}
+        last = x.detach().contiguous(**like).requires_grad_(backward)
+        result["eager channels_last"] = step(copy.deepcopy(eager).to(**like), last, grad.contiguous(**like))
     if mode == "eval":
         result["folded"] = step(nn.Sequential(nn.utils.fusion.fuse_conv_bn_eval(conv.eval(), bn.eval()), nn.ReLU()))
     if compiled:
@@ -160,6 +174,7 @@ def main() -> None:
                     **common,
                     "provider": provider,
                     **m,
+                    "peak_MB": peak_bytes(runs[provider]) / 1e6,
                     "vs_eager": measured["eager"]["p50"] / m["p50"],
                     "vs_conv": m["p50"] / measured["conv alone"]["p50"],
                     "vs_copy": m["p50"] / (1e3 * pass_bytes(shape, getattr(torch, dtype)) * PASSES[mode] / bandwidth),
@@ -167,6 +182,8 @@ def main() -> None:
                 }
                 for provider, m in measured.items()
             }
+            for row in new.values():
+                row["memory_vs_eager"] = row["peak_MB"] / new["eager"]["peak_MB"]
             rows += new.values()
             ours = new["ours"]
             print(
@@ -183,7 +200,8 @@ def main() -> None:
         print(
             f"{', '.join(configuration)}: geometric mean x{geometric_mean(r['vs_eager'] for r in ours):.3f} eager, "
             f"x{geometric_mean(1 / r['vs_conv'] for r in ours):.3f} conv alone; "
-            f"least x{min(r['vs_eager'] for r in ours):.3f} eager"
+            f"least x{min(r['vs_eager'] for r in ours):.3f} eager; "
+            f"peak memory x{geometric_mean(r['memory_vs_eager'] for r in ours):.2f} eager"
         )
 
 

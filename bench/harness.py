@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
+import os
 import resource
 import statistics
 import subprocess
@@ -110,6 +112,21 @@ def interleave(
         p20, p50, p80 = (statistics.quantiles(times[name], n=10)[i] for i in (1, 4, 7))
         result[name] = {"p20": p20, "p50": p50, "p80": p80, "faults": statistics.median(faults[name]), "rounds": rounds}
     return result
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most bytes of tensors that are alive at once during a call, beyond those that were alive before it."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would tell about each of its runs
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes, initial=0))
 
 
 def geometric_mean(values: Iterable[float]) -> float:

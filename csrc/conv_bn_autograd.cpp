@@ -215,7 +215,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_forward_autograd(
     save(node->bn_bias, bn_bias_);
     save(node->mean, mean);
     save(node->var, var);
-    if (chain || memory == "save") save(node->y, y);
+    // y beside the one that Python gets, whose wrapper would count as an owner for as long as the node lives
+    if (chain || memory == "save") save(node->y, y.tensor_data());
     if (chain || invert || (needs_sign && !sign_in_out)) node->residual.keep(residual_, chain);
     if (invert || (!chain && needs_sign && sign_in_out)) node->out = SavedVariable(out, /*is_output=*/true);
     node->training = training;

@@ -39,6 +39,21 @@ def test_repeated_backward_gives_the_same_gradients(memory):
         loss.backward()
 
 
+def backward_operator(loss, **options):
+    with torch.profiler.profile() as profile:
+        loss.backward(**options)
+    (name,) = {e.name for e in profile.events() if "conv_bn_backward" in e.name}
+    return name
+
+
+@pytest.mark.parametrize("memory", ["save", "chain"])
+def test_dy_takes_the_place_of_y_in_the_last_pass(memory):
+    layer, x = layer_and_input(memory)
+    loss = layer(x).sum()
+    assert backward_operator(loss, retain_graph=True) == "convbn_ext::conv_bn_backward"
+    assert backward_operator(loss) == "convbn_ext::conv_bn_backward_"
+
+
 def test_what_a_hook_keeps_is_not_written_over():
     layer, x = layer_and_input()
     kept = []

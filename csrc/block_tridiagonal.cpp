@@ -14,8 +14,8 @@
 #include <memory>
 #include <utility>
 
-#include "interrupt.h"
 #include "linear_map.h"
+#include "panel_lu.h"
 
 namespace convbn {
 
@@ -39,7 +39,7 @@ struct BlockTridiagonalMap final : LinearMap {
     for (int64_t r = 0; r < groups(); ++r) {
       interrupt();
       if (r > 0) inverse_[r].addmm_(lower[r], upper_[r - 1], 1, -1);          // S_r = D_r − L_r E_{r−1}
-      inverse_[r].copy_(std::get<0>(at::linalg_inv_ex(inverse_[r])));         // G_r
+      invert_by_panels(inverse_[r], interrupt);                               // G_r
       if (r + 1 < groups()) upper_[r].copy_(at::mm(inverse_[r], upper_[r]));  // E_r
       if (r > 0) lower_[r].copy_(at::mm(inverse_[r], lower[r]));              // P_r
     }

@@ -12,13 +12,12 @@
 
 #include <algorithm>
 #include <memory>
-#include <numeric>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "interrupt.h"
 #include "linear_map.h"
+#include "panel_lu.h"
 
 namespace convbn {
 
@@ -28,47 +27,12 @@ namespace {
 
 using LinearMapPtr = std::shared_ptr<LinearMap>;
 
-// LAPACK's row exchanges (k,), 1-based, as the rows that move, and from where.
-std::pair<Tensor, Tensor> moves(const Tensor& pivots, int64_t rows) {
-  const Tensor host = pivots.cpu();
-  std::vector<int64_t> order(rows), to, from;
-  std::iota(order.begin(), order.end(), 0);
-  for (int64_t i = 0; i < host.numel(); ++i) std::swap(order[i], order[host.const_data_ptr<int>()[i] - 1]);
-  for (int64_t i = 0; i < rows; ++i)
-    if (order[i] != i) to.push_back(i), from.push_back(order[i]);
-  return {at::tensor(to, at::kLong).to(pivots.device()), at::tensor(from, at::kLong).to(pivots.device())};
-}
-
-// LU with row exchanges of A (n, n) in place, panel by panel, so that ctrl-C is seen. Returns LAPACK's pivots (n,).
-Tensor lu_by_panels(const Tensor& A, InterruptCheck& interrupt) {
-  constexpr int64_t kPanel = 256;
-  const int64_t n = A.size(0);
-  std::vector<Tensor> pivots;
-  for (int64_t j = 0; j < n; j += kPanel) {
-    interrupt();
-    const int64_t w = std::min(kPanel, n - j), rest = n - j - w;
-    const Tensor below = A.narrow(0, j, n - j), panel = below.narrow(1, j, w);
-    const auto [LU, exchanges, info] = at::linalg_lu_factor_ex(panel);
-    const auto [to, from] = moves(exchanges, n - j);
-    below.index_copy_(0, to, below.index_select(0, from));
-    panel.copy_(LU);
-    if (rest > 0) {
-      const Tensor right = below.narrow(1, j + w, rest), top = right.narrow(0, 0, w);  // U₁₂ ← L₁₁⁻¹ A₁₂
-      top.copy_(at::linalg_solve_triangular(panel.narrow(0, 0, w), top, /*upper=*/false, /*left=*/true,
-                                            /*unitriangular=*/true));
-      right.narrow(0, w, rest).addmm_(panel.narrow(0, w, rest), top, 1, -1);  // A₂₂ ← A₂₂ − L₂₁ U₁₂
-    }
-    pivots.push_back(exchanges + j);
-  }
-  return at::cat(pivots);
-}
-
 struct BorderMap final : LinearMap {
   // rows (G·b,): place of each border unknown in a vector; K (G, b, b) contiguous, is overwritten.
   BorderMap(LinearMapPtr M, LinearMapPtr A, const Tensor& rows, const Tensor& K)
       : M_(std::move(M)), A_(std::move(A)), rows_(rows), LU_(K.mT()) {
     const at::NoGradGuard no_grad;
-    if (K.size(1) <= kAtOnce) {
+    if (K.size(0) * K.size(1) * K.size(1) <= kAtOnce * kAtOnce) {
       std::tie(LU_, pivots_, std::ignore) = at::linalg_lu_factor_ex(LU_);
       return;
     }

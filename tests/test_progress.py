@@ -36,17 +36,23 @@ def test_other_threads_run_during_a_solve(method):
 _INTERRUPTED = """
 import os, signal, threading, torch
 import convbn_ext as cb
+from convbn_ext.direct import Layout, factorise
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 shape, options = {shape}, {options}
 conv = torch.nn.Conv2d(shape[0], shape[0], 3, padding=1).double()
 bn = torch.nn.BatchNorm2d(shape[0]).double().eval()
 small = torch.nn.Conv2d(3, 3, 3, padding=1).double(), torch.nn.BatchNorm2d(3).double().eval()
-cb.solve(*small, torch.randn(2, 3, 16, 16).double(), **options)  # starts the pools that torch keeps
+cb.solve(*small, torch.randn(2, 3, 16, 16).double(), method="gmres")  # starts the pools that torch keeps
+cb.solve(*small, torch.randn(2, 3, 16, 16).double(), method="direct")
 x = torch.randn(2, *shape).double()
+op = cb.ConvBNOperator(conv, bn, shape)
 threads = len(os.listdir("/proc/self/task"))
 print("ready", flush=True)
 try:
-    cb.solve(conv, bn, x, rtol=1e-14, **options)
+    if isinstance(options, tuple):
+        factorise(op, Layout(*options))
+    else:
+        cb.solve(conv, bn, x, rtol=1e-14, **options)
     print("came to an end", flush=True)
 except KeyboardInterrupt:
     print("interrupted", threading.active_count(), len(os.listdir("/proc/self/task")) - threads, flush=True)
@@ -58,9 +64,11 @@ except KeyboardInterrupt:
     [
         ((16, 32, 32), {"method": "gmres", "preconditioner": "none"}),
         ((16, 32, 32), {"method": "block_gmres", "preconditioner": "row"}),
-        ((48, 40, 40), {"method": "direct"}),
+        ((48, 40, 40), {"method": "direct"}),  # a border system of order 7488
+        ((8, 80, 128), (0, 2, 40, 2048)),  # two threads, from both ends
+        ((24, 16, 16), (0, 6144, 1, 6144)),  # the dense inverse
     ],
-    ids=["gmres", "block_gmres", "factor"],
+    ids=["gmres", "block_gmres", "border", "blocks", "dense"],
 )
 def test_ctrl_c_ends_a_solve_promptly_and_leaves_no_thread(shape, options):
     script = _INTERRUPTED.format(shape=shape, options=options)

@@ -31,6 +31,7 @@
 #include <vector>
 
 #include "../linear_map.h"
+#include "../panel_lu.h"
 #include "block_lu_loops.h"
 #include "block_plan.h"
 
@@ -44,6 +45,7 @@ constexpr int64_t kLine = 8;             // doubles in a cache line: what rows a
 constexpr int64_t kPanel = 64;           // most columns that a thread works on at a time
 constexpr int64_t kOwnInverse = 512;     // blocks up to this order are inverted here, larger ones by LAPACK
 constexpr int64_t kSplitWork = 1 << 18;  // multiplications in a sweep from which two threads pay
+constexpr int64_t kRowsPerLook = 64;     // between two looks for ctrl-C
 constexpr double kGain = 4;              // a refinement step that gains less is none
 
 int64_t padded(int64_t n) { return (n + kLine - 1) / kLine * kLine; }
@@ -64,11 +66,13 @@ struct BlockLU final : LinearMap {
     // an odd number of cache lines to a row, so that a column spreads over the cache
     const int64_t m = plan_->group_rows, p = plan_->middle(), ld = (padded(m) / kLine | 1) * kLine;
     inverse_ = doubles({plan_->groups, m, ld});
+    InterruptCheck interrupt;
+    const auto room = [&] { return at::zeros({plan_->groups > 1 ? 2 : 0, m, ld}, at::kDouble); };
     both_ends([&](int64_t first, int64_t step) {
-      const Tensor scratch = at::zeros({2, m, ld}, at::kDouble);
-      for (int64_t r = first; r != p; r += step) factor(r, {r - step}, scratch);
+      const Tensor scratch = room();
+      for (int64_t r = first; r != p && interrupt(); r += step) factor(r, {r - step}, scratch, interrupt);
     });
-    factor(p, {p - 1, p + 1}, at::zeros({2, m, ld}, at::kDouble));
+    factor(p, {p - 1, p + 1}, room(), interrupt);
   }
 
   bool finite() const { return finite_; }
@@ -116,8 +120,10 @@ struct BlockLU final : LinearMap {
     out.met = at::zeros({B}, at::kBool);
     std::vector<std::vector<double>> history(B);
     const PositionScales scales(*plan_, scale, offset);
+    InterruptCheck interrupt;
     AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "BlockLU::solve", [&] {
       over_panels(B, [&](int64_t first, int64_t count, int64_t width) {
+        if (!interrupt()) return;
         Panel<scalar_t>{*this, *plan_, scales, given.const_data_ptr<scalar_t>() + first * plan_->n, first, count, width}
             .solve(rtol, atol, out, history);
       });
@@ -148,11 +154,13 @@ struct BlockLU final : LinearMap {
   int64_t ld() const { return inverse_.size(2); }
 
   // Y ← Y − (the rows of group r) X with X the rows of the neighbour s; Y and X have N columns.
-  void couple(bool transposed, int64_t r, int64_t s, const double* X, double* Y, int64_t N) const {
+  void couple(bool transposed, int64_t r, int64_t s, const double* X, double* Y, int64_t N,
+              InterruptCheck* interrupt = nullptr) const {
     const Rows& rows = transposed ? plan_->adjoint : plan_->matrix;
     const auto& value = transposed ? adjoint_ : matrix_;
     const int part = s < r ? Rows::lower : Rows::upper;
     for (int64_t i = 0; i < plan_->size(r); ++i) {
+      if (interrupt && i % kRowsPerLook == 0 && !(*interrupt)()) return;
       const int64_t begin = rows.begin(plan_->begin(r) + i, part), end = rows.end(plan_->begin(r) + i, part);
       loops().subtract_row(value.data() + begin, rows.column.data() + begin, end - begin, X - plan_->begin(s) * N, N,
                            Y + i * N, N);
@@ -160,11 +168,13 @@ struct BlockLU final : LinearMap {
   }
 
   // G_r from its neighbours that are eliminated already; scratch (2, m, ld), its padding zero.
-  void factor(int64_t r, std::initializer_list<int64_t> neighbours, const Tensor& scratch) {
+  void factor(int64_t r, std::initializer_list<int64_t> neighbours, const Tensor& scratch, InterruptCheck& interrupt) {
     const int64_t m = plan_->size(r), stride = ld();
     double *G = inverse(r), *K = scratch.mutable_data_ptr<double>(), *T = K + plan_->group_rows * stride;
-    std::fill_n(G, plan_->group_rows * stride, 0.0);
+    std::fill_n(G + m * stride, (plan_->group_rows - m) * stride, 0.0);
     for (int64_t i = 0; i < m; ++i) {
+      if (i % kRowsPerLook == 0 && !interrupt()) return;
+      std::fill_n(G + i * stride, stride, 0.0);
       const int64_t row = plan_->begin(r) + i;
       for (int64_t e = plan_->matrix.begin(row, Rows::diagonal); e < plan_->matrix.end(row, Rows::diagonal); ++e)
         G[i * stride + plan_->matrix.column[e] - plan_->begin(r)] += matrix_[e];
@@ -172,18 +182,18 @@ struct BlockLU final : LinearMap {
     for (const int64_t s : neighbours) {  // S ← S − W_rs G_s W_sr
       if (s < 0 || s >= plan_->groups) continue;
       std::fill_n(K, m * stride, 0.0);
-      couple(false, r, s, inverse(s), K, stride);  // −W_rs G_s
+      couple(false, r, s, inverse(s), K, stride, &interrupt);  // −W_rs G_s
       loops().transpose(K, stride, T, stride, m, plan_->size(s));
       std::fill_n(K, m * stride, 0.0);
-      couple(true, r, s, T, K, stride);  // the rows of W_srᵀ on that: (W_rs G_s W_sr)ᵀ
+      couple(true, r, s, T, K, stride, &interrupt);  // the rows of W_srᵀ on that: (W_rs G_s W_sr)ᵀ
       loops().transpose(K, stride, T, stride, m, m);
       for (int64_t i = 0; i < m; ++i)
         for (int64_t j = 0; j < m; ++j) G[i * stride + j] -= T[i * stride + j];
     }
-    invert(G, m);
+    invert(G, m, interrupt);
   }
 
-  void invert(double* G, int64_t m) {
+  void invert(double* G, int64_t m, InterruptCheck& interrupt) {
     bool regular = true;
     if (m <= kOwnInverse) {
       const Tensor work = doubles({2 * loops().pivots * ld()});
@@ -191,7 +201,7 @@ struct BlockLU final : LinearMap {
       regular = loops().invert(G, m, ld(), work.mutable_data_ptr<double>(), order.data());
     } else {
       const Tensor block = at::from_blob(G, {m, m}, {ld(), 1}, at::kDouble);
-      block.copy_(std::get<0>(at::linalg_inv_ex(block)));
+      invert_by_panels(block, interrupt);
       regular = std::isfinite(block.sum().item<double>());
     }
     if (!regular) finite_ = false;  // both threads may write it, and the same

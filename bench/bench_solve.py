@@ -1,20 +1,21 @@
 """x = BN(Conv(z)) solved for z: ours against SciPy's LU and GMRES, dense LU and PETSc, all to one true residual.
 
-    python bench/bench_solve.py [--quick] [--dtype float32] [--shape 3x8x8 …] [--skip "ours block" …] [--out out/bench]
+    python bench/bench_solve.py [--quick] [--only cases arnoldi scaling] [--dtype float32] [--shape 3x8x8 …]
+                                [--skip "ours block" …] [--add] [--out out/bench]
 
 Set-up is what the weights alone need: factorising, or inverting the symbol; ours starts from an empty cache. SciPy,
 PETSc and torch get the matrix of A as a gift: assembling it is not timed. A float32 layer is solved by them in float32
 where that reaches the tolerance and in float64 otherwise (column "inside"). Where a method works sample by sample and
 the batch is large, a few samples are timed and the rest is extrapolated (column "samples"). PETSc takes part where
-petsc4py can be imported.
+petsc4py can be imported (petsc_peer.py says how).
 
-Writes solve.csv and solve.png into --out; the last lines are a table of the ratios to the peers.
+Writes solve.csv, solve.png and solve_scaling.png into --out; the last lines are a table of the ratios to the peers.
+With --add, parts and cases may be measured in several runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from harness import environment, interleave, write_csv
 from petsc_peer import PETSc, petsc_solver
 from problem import Problem
+from solve_report import OURS, PHASES, RTOL, draw, ratios, unless_measured_again
 from torch import Tensor
 
 import convbn_ext as cb
@@ -34,13 +36,9 @@ from convbn_ext.choice import choose
 from convbn_ext.direct import cached_factor
 from convbn_ext.preconditioners import circulant_inverse, precondition
 
-RTOL = 1e-6
 CASES = [((3, 8, 8), batch) for batch in (1, 8, 128)] + [((3, 32, 32), batch) for batch in (1, 8, 128)]
 CASES += [((16, 16, 16), 32), ((4, 24, 20), 16), ((3, 16, 16), 64)]
 QUICK = [((3, 8, 8), 1), ((3, 8, 8), 8), ((3, 16, 16), 16)]
-GOALS = {((3, 8, 8), 8): ("SciPy GMRES", 100), ((3, 32, 32), 128): ("best", 5), ((16, 16, 16), 32): ("best", 5)}
-PHASES = ("setup", "solve", "together")
-OURS = {"ours auto": "auto", "ours block": "block_gmres"}  # name → method
 
 
 @dataclass(frozen=True)
@@ -227,17 +225,31 @@ def measure_case(
 
 
 def measure_arnoldi(shape: tuple[int, ...], steps: int, seconds: float, least: int) -> list[dict]:
-    """The loop alone: CSR matrix, float64, no preconditioner, no restart; ours CGS2, SciPy MGS, PETSc CGS or CGS2."""
+    """The loop alone: CSR matrix, float64, no preconditioner, no restart; ours CGS2, SciPy MGS, PETSc CGS or CGS2.
+
+    SciPy's and PETSc's loops have one thread; ours runs on one and on all.
+    """
     p = Problem(shape, 1, torch.float64)
     A, b = p.matrix(torch.float64), p.rhs(torch.float64)[0].numpy()
     options = {"rtol": 0.0, "restart": steps, "maxiter": 1}
+    threads = torch.get_num_threads()
+
+    def on_one_thread() -> Any:
+        torch.set_num_threads(1)
+        try:
+            return cb.gmres(A, b, **options)[0]
+        finally:
+            torch.set_num_threads(threads)
+
     calls: dict[str, Callable[[], Any]] = {
         "ours": lambda: cb.gmres(A, b, **options)[0],
+        "ours, 1 thread": on_one_thread,
         "SciPy GMRES": lambda: sla.gmres(A, b, **options)[0],
     }
-    counts: dict[str, list] = {"ours": [], "SciPy GMRES": []}
-    for name, solver in (("ours", cb.gmres), ("SciPy GMRES", sla.gmres)):
-        solver(A, b, **options, callback=counts[name].append, callback_type="pr_norm")
+    counts: dict[str, list] = {name: [] for name in calls}
+    for name, steps_of in counts.items():
+        solver = sla.gmres if name == "SciPy GMRES" else cb.gmres
+        solver(A, b, **options, callback=steps_of.append, callback_type="pr_norm")
     for twice in (False, True) if PETSc else ():
         name = "PETSc GMRES, CGS2" if twice else "PETSc GMRES, CGS"
         ksp = petsc_solver(A, "gmres", 0.0, steps, twice=twice)
@@ -287,87 +299,37 @@ def measure_scaling(
     return rows
 
 
-def picture(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (bars, scaling) = plt.subplots(2, 1, figsize=(12, 9))
-    together = [r for r in rows if r["phase"] == "together"]
-    cases = list(dict.fromkeys((r["shape"], r["batch"], r["dtype"]) for r in together))
-    names = list(dict.fromkeys(r["provider"] for r in together))
-    width = 0.9 / len(names)
-    for i, name in enumerate(names):
-        values = {(r["shape"], r["batch"], r["dtype"]): r["p50"] for r in together if r["provider"] == name}
-        places = [cases.index(c) + (i - (len(names) - 1) / 2) * width for c in values]
-        bars.bar(places, values.values(), width, label=name)
-    bars.set_xticks(range(len(cases)), [f"{s} × {n}\n{d}" for s, n, d in cases], fontsize=8)
-    bars.set(yscale="log", ylabel="ms, set-up and solve", title=f"x = BN(Conv(z)) to a relative residual of {RTOL}")
-    bars.legend(fontsize=8, ncol=len(names))
-    points = [r for r in rows if r["phase"] == "scaling"]
-    for name in dict.fromkeys(r["provider"] for r in points):
-        chosen = [r for r in points if r["provider"] == name]
-        batches = [r["batch"] for r in chosen]
-        scaling.fill_between(batches, [r["p20"] for r in chosen], [r["p80"] for r in chosen], alpha=0.2)
-        (line,) = scaling.plot(batches, [r["p50"] for r in chosen], "o-", label=name)
-        start = chosen[0]["p50"]
-        scaling.plot(batches, [start * b for b in batches], ":", color=line.get_color(), label="linear in the batch")
-    scaling.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms, set-up and solve")
-    scaling.set_title(f"cost against batch, {points[0]['shape']}, float32")
-    scaling.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def ratios(rows: list[dict]) -> None:
-    """Best peer over ours, set-up included, for every case as a table; SciPy and PETSc over ours for the loop alone."""
-    timed = [r for r in rows if r["phase"] in PHASES]
-    print("| case | dtype | ours, set-up + solve ms | best peer, ms | | SciPy GMRES | goal |\n" + "|---" * 7 + "|")
-    for case in dict.fromkeys((r["shape"], r["batch"], r["dtype"]) for r in timed):
-        chosen = {(r["provider"], r["phase"]): r for r in timed if (r["shape"], r["batch"], r["dtype"]) == case}
-        setup, solve, together = (chosen["ours auto", phase] for phase in PHASES)
-        mine = together["p50"] if together["met"] else math.inf
-        peers = {
-            name: r["p50"]
-            for (name, phase), r in chosen.items()
-            if phase == "together" and name not in OURS and r["met"]
-        }
-        best = min(peers, key=peers.__getitem__)
-        over_gmres = f"×{peers['SciPy GMRES'] / mine:.0f}" if "SciPy GMRES" in peers else "–"
-        goal = GOALS.get((tuple(map(int, case[0].split("x"))), case[1]))
-        print(
-            f"| {case[0]} × {case[1]} | {case[2]} | {setup['p50']:.2f} + {solve['p50']:.2f} | "
-            f"{best}, {peers[best]:.2f} | ×{peers[best] / mine:.1f} | {over_gmres} | "
-            f"{f'×{goal[1]} {goal[0]}' if goal else ''} |"
-        )
-    loop = {r["provider"]: r["p50"] for r in rows if r["phase"] == "arnoldi"}
-    others = ", ".join(f"x{ms / loop['ours']:.2f} {name}" for name, ms in loop.items() if name != "ours")
-    print(f"Arnoldi loop alone: {loop['ours']:.1f} ms, {others}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ["cases", "arnoldi", "scaling"]
+    parser.add_argument("--only", nargs="+", default=parts, choices=parts, help="parts to measure (all)")
     parser.add_argument("--dtype", nargs="+", default=["float32", "float64"], choices=["float32", "float64"])
     parser.add_argument("--shape", nargs="+", help="only cases of these shapes, for example 3x32x32")
     parser.add_argument("--skip", nargs="+", default=[], help="providers to leave out, for example 'SciPy GMRES'")
     parser.add_argument("--seconds", type=float, default=5.0, help="least time per case")
     parser.add_argument("--quick", action="store_true", help="small cases, three rounds each")
+    parser.add_argument("--add", action="store_true", help="to what is in solve.csv already")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     args = parser.parse_args()
     seconds, least = (0.5, 3) if args.quick else (args.seconds, 5)
     rows: list[dict] = []
-    for dtype in args.dtype:
+    for dtype in args.dtype if "cases" in args.only else ():
         for shape, batch in QUICK if args.quick else CASES:
             if args.shape and "x".join(map(str, shape)) not in args.shape:
                 continue
             rows += measure_case(shape, batch, getattr(torch, dtype), args.skip, seconds, least)
-    rows += measure_arnoldi((3, 16, 16) if args.quick else (3, 32, 32), 100 if args.quick else 300, seconds, least)
-    batches = [2**i for i in range(5 if args.quick else 9)]
-    rows += measure_scaling((3, 16, 16) if args.quick else (3, 32, 32), batches, args.skip, seconds, least)
+    loop_shape = (3, 16, 16) if args.quick else (3, 32, 32)
+    if "arnoldi" in args.only:
+        rows += measure_arnoldi(loop_shape, 100 if args.quick else 300, seconds, least)
+    if "scaling" in args.only:
+        batches = [2**i for i in range(5 if args.quick else 9)]
+        rows += measure_scaling(loop_shape, batches, args.skip, seconds, least)
     env = environment()
-    write_csv(args.out / "solve.csv", [{**row, **env} for row in rows])
-    picture(rows, args.out / "solve.png")
+    rows = [{**row, **env} for row in rows]
+    if args.add:
+        rows = [*unless_measured_again(args.out / "solve.csv", rows), *rows]
+    write_csv(args.out / "solve.csv", rows)
+    draw(rows, args.out)
     print(", ".join(f"{k} {v}" for k, v in env.items()))
     ratios(rows)
 

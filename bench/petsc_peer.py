@@ -1,4 +1,12 @@
-"""PETSc's solvers as a peer, where petsc4py can be imported (Debian: python3-petsc4py, with a NumPy of its age)."""
+"""PETSc's solvers as a peer, where petsc4py can be imported.
+
+Debian's python3-petsc4py 3.18 is made for Python 3.11 and NumPy 1; torch and SciPy run with either NumPy:
+
+    apt-get install python3-petsc4py
+    pip install --target out/numpy1 numpy==1.26.4
+    PYTHONPATH=out/numpy1:/usr/lib/petscdir/petsc3.18/x86_64-linux-gnu-real/lib/python3/dist-packages \
+        python bench/bench_solve.py
+"""
 
 from __future__ import annotations
 

@@ -56,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     experiment.add_argument("--quick", action="store_true", help="fewer and smaller batches")
     experiment.add_argument("--cifar", type=Path, help="folder with CIFAR-10 in its binary version")
+    experiment.add_argument(
+        "--scipy-alone",
+        type=int,
+        default=1,
+        metavar="N",
+        help="batches on which SciPy's call runs to its own end, minutes each, though it stands still (%(default)s)",
+    )
 
     commands.add_parser("doctor", help="what is installed, what is built, and what to do about a mismatch")
     return parser

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from .experiment_report import (
     RTOL,
     SCIPY,
     SCIPY_ALONE,
+    STILL,
     Conditioning,
     Trial,
     draw_batches,
@@ -41,6 +46,10 @@ from .experiment_report import (
 from .operator import ConvBNOperator
 from .solve import solve
 
+QUICK_CYCLES = 20  # of SciPy's call with --quick
+SIZES = (8, 16)  # samples in a batch of part 1
+Solver = Callable[[Tensor], tuple[Tensor, str, int]]  # x → z, status, iterations
+
 
 def trial(
     case: str,
@@ -49,7 +58,7 @@ def trial(
     z_true: Tensor,
     conv: Any,
     bn: Any,
-    run: Callable[[Tensor], tuple[Tensor, str, int]],
+    run: Solver,
 ) -> Trial:
     """Send z_true (N, C, H, W) through the layer, run a solver on the output and measure it."""
     with torch.no_grad():
@@ -61,7 +70,7 @@ def trial(
     return Trial(case, batch, provider, status, iterations, seconds, *found.error1, *found.error3)
 
 
-def ours(conv: Any, bn: Any, provider: str, rtol: float = RTOL) -> Callable[[Tensor], tuple[Tensor, str, int]]:
+def ours(conv: Any, bn: Any, provider: str, rtol: float = RTOL) -> Solver:
     """`solve` with a provider's options."""
 
     def run(x: Tensor) -> tuple[Tensor, str, int]:
@@ -72,33 +81,46 @@ def ours(conv: Any, bn: Any, provider: str, rtol: float = RTOL) -> Callable[[Ten
     return run
 
 
-def scipys(conv: Any, bn: Any, cycles: int | None) -> Callable[[Tensor], tuple[Tensor, str, int]]:
-    """SciPy's gmres with its defaults (rtol 1e-5, restart 20) on the batch flattened into one system.
+def scipys(conv: Any, bn: Any, cycles: int | None = None, alone: bool = False) -> Solver:
+    """SciPy's gmres with its defaults (rtol 1e-5, restart 20, 10 n cycles) on the batch flattened into one system.
+
+    What a cycle does follows from the residual that it starts from: once the residual's norm stands still, the cycles
+    that are left repeat one another, and the call is ended.
 
     Args:
         conv: convolution.
         bn: batch normalisation.
-        cycles: most restart cycles; None is SciPy's default, ten times the number of unknowns.
+        cycles: most restart cycles; None is SciPy's default.
+        alone: the call comes to its own end, however long it stands still.
     """
     from scipy.sparse.linalg import LinearOperator, gmres
 
     def run(x: Tensor) -> tuple[Tensor, str, int]:
         op = ConvBNOperator(conv, bn, x.shape[1:])
-        steps = 0
+        b = (x.flatten(1) - op.channel_vector(op.offset)).flatten().numpy()
+        norms: list[float] = []  # after each cycle
 
         def apply(v: Any) -> Any:
             return op.matvec(torch.from_numpy(v).reshape(len(x), -1)).flatten().numpy()
 
-        def count(_: float) -> None:
-            nonlocal steps
-            steps += 1
+        def watch(z: Any) -> None:
+            norms.append(float(torch.linalg.vector_norm(torch.from_numpy(b - apply(z)))))
+            if not alone and len(norms) > STILL and norms[-1 - STILL] <= norms[-1] * (1 + 1e-12):
+                raise _StandsStill(z)
 
         A = LinearOperator((x.numel(), x.numel()), matvec=apply, dtype=float)
-        b = (x.flatten(1) - op.channel_vector(op.offset)).flatten().numpy()
-        z, info = gmres(A, b, maxiter=cycles, callback=count, callback_type="pr_norm")
-        return torch.from_numpy(z).reshape(x.shape), "converged" if info == 0 else "maxiter", steps
+        try:
+            z, info = gmres(A, b, maxiter=cycles, callback=watch, callback_type="x")
+            status = "converged" if info == 0 else "maxiter"
+        except _StandsStill as still:
+            z, status = still.args[0], "stagnation"
+        return torch.from_numpy(z).reshape(x.shape), status, 20 * len(norms)
 
     return run
+
+
+class _StandsStill(Exception):
+    """Carries the iterate."""
 
 
 def initial_layer(seed: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -107,21 +129,26 @@ def initial_layer(seed: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     return nn.Conv2d(3, 3, 3, padding=1).double(), nn.BatchNorm2d(3).double().eval()
 
 
-def random_batches(batches: int, scipy_cycles: int, alone: bool) -> Iterator[Trial]:
-    """Part 1, with SciPy's restart cycles limited; ``alone``: the first batch also with SciPy's own limit.
+def random_batch(size: int, k: int) -> tuple[str, Tensor, nn.Conv2d, nn.BatchNorm2d]:
+    """Number k of the batches of part 1: the case's name, z (size, 3, 8, 8) and a layer of its own."""
+    z = torch.randn(size, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+    return f"{size}x3x8x8", z, *initial_layer(k)
 
-    That limit, ten times the number of unknowns in cycles, takes half a minute per batch and gains nothing.
-    """
-    for size in (8, 16):
-        case = f"{size}x3x8x8"
+
+def random_batches(batches: int) -> Iterator[Trial]:
+    """Part 1, ours."""
+    for size in SIZES:
         for k in range(batches):
-            conv, bn = initial_layer(k)
-            z = torch.randn(size, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
-            yield trial(case, k, SCIPY, z, conv, bn, scipys(conv, bn, scipy_cycles))
-            if alone and (size, k) == (8, 0):
-                yield trial(case, k, SCIPY_ALONE, z, conv, bn, scipys(conv, bn, None))
+            case, z, conv, bn = random_batch(size, k)
             for provider in PROVIDERS:
                 yield trial(case, k, provider, z, conv, bn, ours(conv, bn, provider))
+
+
+def scipy_batch(size: int, k: int, cycles: int | None, alone: bool) -> Trial:
+    """Part 1, SciPy's call on one batch: for a process of its own."""
+    torch.set_num_threads(1)
+    case, z, conv, bn = random_batch(size, k)
+    return trial(case, k, SCIPY_ALONE if alone else SCIPY, z, conv, bn, scipys(conv, bn, cycles, alone))
 
 
 def layer(initialisation: str, padding: str, crops: Tensor) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -147,6 +174,22 @@ def layer(initialisation: str, padding: str, crops: Tensor) -> tuple[nn.Conv2d, 
     return conv, bn.eval()
 
 
+def condition_number(op: ConvBNOperator) -> float:
+    """‖A‖₂ ‖A⁻¹‖₂ of a square operator to three digits: Lanczos' method on A Aᵀ and, with a sparse LU, its inverse."""
+    from scipy import sparse
+    from scipy.sparse.linalg import LinearOperator, eigsh, splu
+
+    entries = op.to_sparse()
+    A = sparse.csc_array((entries.values().numpy(), tuple(entries.indices().numpy())), shape=op.shape)
+    lu, start = splu(A), torch.ones(op.shape[0], dtype=torch.float64).numpy()
+
+    def largest(apply: Callable[[Any], Any]) -> float:
+        gram = LinearOperator(op.shape, matvec=apply, dtype=float)
+        return math.sqrt(eigsh(gram, k=1, tol=1e-4, v0=start, return_eigenvectors=False)[0])
+
+    return largest(lambda v: A @ (A.T @ v)) * largest(lambda v: lu.solve(lu.solve(v), trans="T"))
+
+
 def conditioning(sizes: tuple[int, ...], crops: Tensor) -> Iterator[Conditioning]:
     """Part 2: every size, initialisation and padding, four right-hand sides each."""
     for initialisation in INITIALISATIONS:
@@ -155,16 +198,13 @@ def conditioning(sizes: tuple[int, ...], crops: Tensor) -> Iterator[Conditioning
             for size in sizes:
                 z = torch.rand(4, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
                 op = ConvBNOperator(conv, bn, (3, size, size))
-                exact = size <= 16
-                condition = float(torch.linalg.cond(op.to_sparse().to_dense())) if exact else op.symbol_cond()
                 t = trial("", 0, "circulant", z, conv, bn, ours(conv, bn, "circulant"))
                 border = 3 * (size**2 - (size - 2) ** 2)
                 yield Conditioning(
                     size,
                     initialisation,
                     padding,
-                    condition,
-                    exact,
+                    condition_number(op),
                     border,
                     t.iterations,
                     t.status,
@@ -198,18 +238,20 @@ def cifar10(directory: Path) -> Tensor:
 
 
 def real_images(count: int, crops: Tensor, case: str) -> Iterator[Trial]:
-    """Part 3: a batch of real images, float32 and float64, with every method but the plain ones."""
+    """Part 3: a batch of real images, float32 and float64, by every method that does not need n = 3072 steps.
+
+    GMRES sample by sample takes a few of them: every sample has its own basis of some 300 vectors.
+    """
     conv, bn = layer_on(crops[:5000], seed=0)
     z = crops[torch.randperm(len(crops), generator=torch.Generator().manual_seed(0))[:count]]
     for dtype, rtol in ((torch.float32, 1e-6), (torch.float64, RTOL)):
         conv, bn = conv.to(dtype), bn.to(dtype)
-        for provider in PROVIDERS:
-            if provider not in ("plain", "row"):  # they need about n = 3072 steps
-                name = f"{case} {str(dtype)[6:]}"
-                yield trial(name, 0, provider, z.to(dtype), conv, bn, ours(conv, bn, provider, rtol))
+        for provider, samples in (("circulant", min(count, 8)), ("block", count), ("LU", count), ("auto", count)):
+            name = f"{case} {samples}x3x32x32 {str(dtype)[6:]}"
+            yield trial(name, 0, provider, z[:samples].to(dtype), conv, bn, ours(conv, bn, provider, rtol))
 
 
-def large_layer() -> Trial:
+def large_layer() -> Iterator[Trial]:
     """Part 4: Conv2d(64, 64, 3, padding=1) + BatchNorm2d on 56×56 images, four of them."""
     torch.manual_seed(0)
     conv, bn = nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64, momentum=None)
@@ -217,7 +259,7 @@ def large_layer() -> Trial:
     with torch.no_grad():
         bn(conv(z))
     bn.eval()
-    return trial("4x64x56x56 float32, to 1e-4", 0, "auto", z, conv, bn, ours(conv, bn, "auto", 1e-4))
+    yield trial("4x64x56x56 float32, to 1e-4", 0, "auto", z, conv, bn, ours(conv, bn, "auto", 1e-4))
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -236,31 +278,49 @@ def main(arguments: argparse.Namespace) -> int:
     sources = {"crops": crops} if arguments.cifar is None else {"crops": crops, "CIFAR-10": cifar10(arguments.cifar)}
     out.mkdir(parents=True, exist_ok=True)
 
-    cycles = 20 if quick else 100
-    trials = list(_shown(random_batches(2 if quick else 30, cycles, alone=not quick)))
-    conditions = list(_shown(conditioning((8, 12) if quick else (8, 16, 32), crops)))
-    count = 8 if quick else 128
-    images = [
-        t for name, source in sources.items() for t in _shown(real_images(count, source, f"{name} {count}x3x32x32"))
-    ]
-
+    stages = Stages()
+    batches, count = (2, 8) if quick else (30, 128)
+    calls: list[tuple[int, int, int | None, bool]] = []
     if not quick:
-        images += _shown(iter([large_layer()]))
+        calls += [(SIZES[0], k, None, True) for k in range(min(arguments.scipy_alone, batches))]
+    calls += [(size, k, QUICK_CYCLES if quick else None, False) for size in SIZES for k in range(batches)]
+    # SciPy's calls, which take the longest, in processes beside ours
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), get_context("spawn")) as pool:
+        scipy = [pool.submit(scipy_batch, *call) for call in calls]
+        trials = stages.run(f"{2 * batches} random batches", random_batches(batches))
+        conditions = stages.run("conditioning", conditioning((8, 12) if quick else (8, 16, 32), crops))
+        images = []
+        for name, source in sources.items():
+            images += stages.run(f"{name} images", real_images(count, source, name))
+        if not quick:
+            images += stages.run("large layer", large_layer())
+        trials += stages.run("waiting for SciPy", (future.result() for future in as_completed(scipy)))
 
+    trials.sort(key=lambda t: (SIZES.index(int(t.case.split("x")[0])), t.batch))
     write_csv(trials, out / "random.csv")
     write_csv(conditions, out / "conditioning.csv")
     write_csv(images, out / "images.csv")
     for case in dict.fromkeys(t.case for t in trials):
         draw_batches(trials, case, out / f"random_{case}.png")
     draw_conditioning(conditions, out / "conditioning.png")
-    text = findings(trials, conditions, images, cycles)
+    text = findings(trials, conditions, images, stages.seconds)
     (out / "findings.md").write_text(text)
     print(f"{text}\nwritten: {out}")
     return 0 if all(t.status == "converged" for t in [*trials, *images] if t.provider == "auto") else 1
 
 
-def _shown(rows: Iterator[Any]) -> Iterator[Any]:
-    """Pass rows through, each with a line on stderr."""
-    for row in rows:
-        print(*(f"{v:.1e}" if isinstance(v, float) else v for v in asdict(row).values()), file=sys.stderr)
-        yield row
+class Stages:
+    """Shows rows as they come, one line each on stderr, and takes the time of each part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, rows: Iterator[Any]) -> list[Any]:
+        """All the rows."""
+        start, found = time.perf_counter(), []
+        for row in rows:
+            print(*(f"{v:.1e}" if isinstance(v, float) else v for v in asdict(row).values()), file=sys.stderr)
+            found.append(row)
+        self.seconds[name] = time.perf_counter() - start
+        print(f"{name}: {self.seconds[name]:.1f} s", file=sys.stderr)
+        return found

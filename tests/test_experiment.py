@@ -59,6 +59,26 @@ def test_scipys_call_stagnates_where_ours_converge():
     assert 0.05 < t.error3_2 < 1
 
 
+def test_scipys_call_is_ended_where_it_stands_still():
+    """A hundred cycles later its residual is the same to the last digits."""
+    conv, bn = experiment.initial_layer(1)
+    z = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ended = experiment.trial("case", 0, experiment.SCIPY, z, conv, bn, experiment.scipys(conv, bn))
+    assert ended.status == "stagnation"
+    cycles = ended.iterations // 20 + 100
+    longer = experiment.trial("case", 0, experiment.SCIPY, z, conv, bn, experiment.scipys(conv, bn, cycles, alone=True))
+    assert (longer.status, longer.iterations) == ("maxiter", 20 * cycles)
+    assert longer.error3_2 == pytest.approx(ended.error3_2, rel=1e-9)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_condition_number_is_that_of_the_matrix(padding):
+    conv, bn = experiment.layer("trained", padding, torch.rand(64, 3, 8, 8, dtype=torch.float64))
+    op = experiment.ConvBNOperator(conv, bn, (3, 8, 8))
+    exact = float(torch.linalg.cond(op.to_sparse().to_dense()))
+    assert experiment.condition_number(op) == pytest.approx(exact, rel=1e-3)
+
+
 def test_quick_experiment_writes_everything(cifar, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "convbn_ext", "experiment", "--quick", "--out", out, "--cifar", cifar[0]]

@@ -50,7 +50,8 @@ def solve_sharded(conv: Any, bn: Any, x: Tensor, *, process_group: Any = None, *
     Args:
         conv: see :func:`solve`, as are bn and the options; the same in every process.
         bn: batch normalisation.
-        x: (N, C_out, *out), the same in every process; rank r solves the r-th of nearly equal parts.
+        x: (N, C_out, *out), the same in every process; rank r solves the r-th of nearly equal parts,
+            which may be empty.
         process_group: of torch.distributed; None for all processes.
         options: of :func:`solve`, but no callback; stats must not be "batch".
 
@@ -58,7 +59,7 @@ def solve_sharded(conv: Any, bn: Any, x: Tensor, *, process_group: Any = None, *
         The result for all samples; method, preconditioner and reason are those of this process's part.
 
     Raises:
-        ValueError: stats is "batch".
+        ValueError: stats is "batch"; and what :func:`solve` raises, in every process.
     """
     if isinstance(options.get("stats"), str) and options["stats"] == "batch":
         raise ValueError(
@@ -69,16 +70,18 @@ def solve_sharded(conv: Any, bn: Any, x: Tensor, *, process_group: Any = None, *
         return solve(conv, bn, x, **options)
     parts = torch.arange(len(x)).tensor_split(dist.get_world_size(group))
     mine = parts[dist.get_rank(group)]
+    count = len(mine)
+    some = mine if count else torch.arange(min(len(x), 1))  # without a part of its own: for method and shape of z alone
     if options.get("x0") is not None:
-        options["x0"] = options["x0"][mine]
-    result = solve(conv, bn, x[mine], **options)
+        options["x0"] = options["x0"][some]
+    result = solve(conv, bn, x[some], **options)
     z = result.z.new_empty(len(x), *result.z.shape[1:])
-    z[mine] = result.z
+    z[mine] = result.z[:count]
     for rank, part in enumerate(parts):
         if len(part):
             dist.broadcast(z[part[0] : part[-1] + 1], dist.get_global_rank(group, rank), group=group)
     others: list[Any] = [None] * len(parts)
-    found = (result.status, result.iterations, result.residual, result.history)
+    found = (result.status[:count], result.iterations[:count], result.residual[:count], [*result.history][:count])
     dist.all_gather_object(others, found, group=group)
     status, iterations, residual, history = zip(*others, strict=True)
     return replace(

@@ -284,17 +284,17 @@ def main(arguments: argparse.Namespace) -> int:
     if not quick:
         calls += [(SIZES[0], k, None, True) for k in range(min(arguments.scipy_alone, batches))]
     calls += [(size, k, QUICK_CYCLES if quick else None, False) for size in SIZES for k in range(batches)]
-    # SciPy's calls, which take the longest, in processes beside ours
-    with ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), get_context("spawn")) as pool:
-        scipy = [pool.submit(scipy_batch, *call) for call in calls]
-        trials = stages.run(f"{2 * batches} random batches", random_batches(batches))
-        conditions = stages.run("conditioning", conditioning((8, 12) if quick else (8, 16, 32), crops))
-        images = []
-        for name, source in sources.items():
-            images += stages.run(f"{name} images", real_images(count, source, name))
-        if not quick:
-            images += stages.run("large layer", large_layer())
-        trials += stages.run("waiting for SciPy", (future.result() for future in as_completed(scipy)))
+    trials = stages.run(f"{2 * batches} random batches", random_batches(batches))
+    conditions = stages.run("conditioning", conditioning((8, 12) if quick else (8, 16, 32), crops))
+    images = []
+    for name, source in sources.items():
+        images += stages.run(f"{name} images", real_images(count, source, name))
+    if not quick:
+        images += stages.run("large layer", large_layer())
+    # SciPy's calls take the longest and have one thread: a process per core, when ours leave the cores to them
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        scipy = as_completed([pool.submit(scipy_batch, *call) for call in calls])
+        trials += stages.run("SciPy's calls", (future.result() for future in scipy))
 
     trials.sort(key=lambda t: (SIZES.index(int(t.case.split("x")[0])), t.batch))
     write_csv(trials, out / "random.csv")

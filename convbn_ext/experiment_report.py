@@ -172,7 +172,8 @@ def findings(
     ]
     text.append("")
     parts = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
-    text.append(f"Time: {parts}. Peak memory: {peak_memory() / 2**30:.2f} GiB.")
+    memory = f"Peak memory: {peak_memory() / 2**30:.2f} GiB."
+    text.append(f"Time, {torch.get_num_threads()} thread(s) for ours: {parts}. {memory}")
     return "\n".join(text) + "\n"
 
 

@@ -59,7 +59,9 @@ def every_part(rank, world):
     found = {f"shift {shift}": train_part(rank, world, shift) for shift in (0.0, 1e4)}
     if world == 2:
         found |= {kind: fit_part(rank, world, kind) for kind in ("ddp", "fsdp")}
-        found |= {method: solve_part(rank, method) for method in ("auto", "gmres")}
+        found |= {method: solve_part(method) for method in ("auto", "gmres")}
+    if world == 3:
+        found |= {f"{N} samples": solve_part("auto", N) for N in (1, 2)} | {"no samples": refusal()}
     return found
 
 
@@ -154,22 +156,48 @@ def inverse_problem():
         return conv, bn.eval(), bn(conv(z))
 
 
-def solve_part(rank, method):
+def solve_part(method, N=5):
+    conv, bn, x = inverse_problem()
+    x0 = torch.zeros_like(x[:N]) if method == "gmres" else None
     with torch.no_grad():
-        result = cb.solve_sharded(*inverse_problem(), rtol=1e-10, method=method)
+        result = cb.solve_sharded(conv, bn, x[:N], rtol=1e-10, method=method, x0=x0)
     return result.z, result.status, result.iterations, result.residual, result.history
+
+
+def refusal():
+    conv, bn, x = inverse_problem()
+    with pytest.raises(ValueError, match="x must have shape") as raised:
+        cb.solve_sharded(conv, bn, x[:0])
+    return str(raised.value)
+
+
+def check_solved(part, whole):
+    z, status, iterations, residual, history = part
+    torch.testing.assert_close(z, whole.z, rtol=1e-6, atol=1e-7)  # κ·rtol
+    assert status == whole.status == ["converged"] * len(whole.z)
+    assert len(history) == len(whole.z)
+    assert iterations.shape == residual.shape == (len(whole.z),)
+    assert residual.max() <= 1e-10
 
 
 @pytest.mark.parametrize("method", ["auto", "gmres"])
 def test_a_solve_shared_out(parts, method):
     whole = cb.solve(*inverse_problem(), rtol=1e-10, method=method)
     for part in parts[2]:
-        z, status, iterations, residual, history = part[method]
-        torch.testing.assert_close(z, whole.z, rtol=1e-6, atol=1e-7)  # κ·rtol
-        assert status == whole.status == ["converged"] * 5
-        assert len(history) == 5
-        assert iterations.shape == residual.shape == (5,)
-        assert residual.max() <= 1e-10
+        check_solved(part[method], whole)
+
+
+@pytest.mark.parametrize("N", [1, 2])
+def test_a_solve_with_fewer_samples_than_processes(parts, N):
+    conv, bn, x = inverse_problem()
+    whole = cb.solve(conv, bn, x[:N], rtol=1e-10)
+    for part in parts[3]:
+        check_solved(part[f"{N} samples"], whole)
+
+
+def test_no_samples_are_refused_in_every_process(parts):
+    for part in parts[3]:
+        assert "x must have shape (N, 2, S1, S2) with N ≥ 1, got (0, 2, 5, 5)" in part["no samples"]
 
 
 def test_one_process_needs_no_group():

@@ -150,14 +150,15 @@ def findings(
         text += [_table_row([t for t in trials if t.case == case and t.provider == p]) for p in (SCIPY, *PROVIDERS)]
         text.append("")
     hard = max(conditions, key=lambda r: r.condition)
+    far = max(conditions, key=lambda r: r.error1)
     circular = [r for r in conditions if r.padding == "circular"]
     failed = [r for r in conditions if r.status != "converged"]
     text += [
         f"**Conditioning.** The condition number lies between {min(r.condition for r in conditions):.1e} and "
         f"{hard.condition:.1e} ({hard.initialisation}, {hard.padding} padding, {hard.size}×{hard.size}). A small "
-        f"error3 is not a recovered z: there error1 is {hard.error1:.1e} at error3 {hard.error3:.1e}. With circular "
-        f"padding the circulant preconditioner is exact: at most "
-        f"{max(r.iterations for r in circular)} steps. "
+        f"error3 is not a recovered z: error1 reaches {far.error1:.1e} at error3 {far.error3:.1e} "
+        f"({far.initialisation}, {far.padding}, {far.size}×{far.size}). With circular padding the circulant "
+        f"preconditioner is exact: at most {max(r.iterations for r in circular)} steps. "
         f"With the others it needs at most {max(r.iterations / r.border for r in conditions):.2f} times C × border "
         "positions. "
         + (f"{len(failed)} of {len(conditions)} layers were not solved." if failed else "Every layer was solved."),

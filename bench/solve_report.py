@@ -56,7 +56,7 @@ def _draw_cases(rows: list[dict], path: Path) -> None:
         ax.set(yscale="log", ylabel="ms, set-up and solve", title=dtype)
         ax.grid(axis="y", alpha=0.3)
     handles = {h.get_label(): h for ax in panels[:, 0] for h in ax.containers}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncol=len(names))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=len(names))
     figure.suptitle(f"x = BN(Conv(z)) solved to a relative residual of {RTOL}")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -75,9 +75,12 @@ struct BnBackward : BnForward {
 // A backend may also have a convolution of its own, for the layers that it accepts; dy is never stored there:
 //   static bool own_convolution(const Tensor& input, const Tensor& weight, const ConvGeometry&);
 //   static Tensor convolve(input, weight, geometry, Tensor* mean, Tensor* var);                  // null: not asked for
-//   // dx, dw, grad_residual
-//   static std::tuple<Tensor, Tensor, Tensor> backward_convolve(const BnBackward&, a, b, c, input, weight, geometry,
-//                                                               needs_input, needs_weight, needs_residual);
+//   static Tensor prepare_products(BnBackward&, bool needs_residual);   // to what the next two take; grad_residual
+//   // Σg, Σg·(y − μ) in one pass over y, grad and x, and what dw is made of once b and c are known
+//   static std::tuple<Tensor, Tensor, Tensor> backward_reduce_products(const BnBackward&, input, weight, geometry);
+//   // dx, and dw where there are products
+//   static std::tuple<Tensor, Tensor> backward_convolve(const BnBackward&, a, b, c, input, weight, geometry, products,
+//                                                       needs_input);
 template <class Kernels>
 concept HasConvolution = requires { &Kernels::own_convolution; };
 
@@ -213,9 +216,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
   at::Tensor grad_input = none, grad_weight = none, grad_bn_weight = none, grad_bn_bias = none, grad_residual = none;
   const at::Tensor invstd = at::rsqrt(var + eps);
   const bool needs_convolution = needs_input || needs_weight;
-  at::Tensor sum_g, sum_gd;
-  if (needs_bn_weight || needs_bn_bias || (training && needs_convolution)) {
-    std::tie(sum_g, sum_gd) = Kernels::backward_reduce(bn);
+  bool own = false, own_weight = false;  // convolution: any of its gradients, that of the weight
+  if constexpr (HasConvolution<Kernels>) {
+    own = needs_convolution && Kernels::own_convolution(input, weight, options.geometry);
+    own_weight = own && needs_weight;
+    if (own) {
+      const at::Tensor g = Kernels::prepare_products(bn, needs_residual);
+      if (g.defined()) grad_residual = g;
+    }
+  }
+  at::Tensor sum_g, sum_gd, products;
+  if (needs_bn_weight || needs_bn_bias || (training && needs_convolution) || own_weight) {
+    if constexpr (HasConvolution<Kernels>) {
+      if (own_weight)
+        std::tie(sum_g, sum_gd, products) = Kernels::backward_reduce_products(bn, input, weight, options.geometry);
+    }
+    if (!own_weight) std::tie(sum_g, sum_gd) = Kernels::backward_reduce(bn);
     if (needs_bn_weight) grad_bn_weight = (sum_gd * invstd).to(bn_weight->scalar_type());
     if (needs_bn_bias)
       grad_bn_bias = sum_g.to(bn_bias ? bn_bias->scalar_type() : at::toOpMathType(input.scalar_type()));
@@ -228,11 +244,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
       c = bn.scale * sum_g * (-1 / m);
     }
     if constexpr (HasConvolution<Kernels>) {
-      if (needs_convolution && Kernels::own_convolution(input, weight, options.geometry)) {
-        const auto [dx, dw, dr] = Kernels::backward_convolve(bn, bn.scale, b, c, input, weight, options.geometry,
-                                                             needs_input, needs_weight, needs_residual);
-        const auto or_none = [&](const at::Tensor& t) { return t.defined() ? t : none; };
-        return {or_none(dx), or_none(dw), grad_bn_weight, grad_bn_bias, or_none(dr)};
+      if (own) {
+        const auto [dx, dw] =
+            Kernels::backward_convolve(bn, bn.scale, b, c, input, weight, options.geometry, products, needs_input);
+        return {needs_input ? dx : none, needs_weight ? dw : none, grad_bn_weight, grad_bn_bias, grad_residual};
       }
     }
     const at::Tensor grad_y = bn.y.is_same(y.value_or(at::Tensor())) && !overwrite_y ? at::empty_like(bn.y) : bn.y;

@@ -65,6 +65,8 @@ def family(signature):
     match = CONVOLUTION.search(signature) or KERNEL.search(signature)
     assert match, signature
     scalar = (match["scalar"] or "").removeprefix("__").removeprefix("nv_")
+    if match["name"] == "conv_combine_weight":
+        return match["name"], "depthwise" if match["layout"] == "true" else "", scalar, ""
     if match.re is KERNEL:
         return match["name"], LAYOUTS[match["layout"]], scalar, match["pack"] or ""
     name = PRODUCTS.get((match["name"], match["source"]), match["name"])
@@ -108,7 +110,12 @@ def rows():
     for kernel, by_architecture in sorted(resources().items()):
         registers = [by_architecture[architecture][0] for architecture in ARCHITECTURES]
         shared = by_architecture["sm_90"][2] + dynamic_shared(kernel)
-        threads = {"conv_statistics": 1024, "bn_finish_statistics": 128, "bn_finish_backward": 128}.get(kernel[0], 256)
+        threads = {
+            "conv_statistics": 1024,
+            "bn_finish_statistics": 128,
+            "bn_finish_backward": 128,
+            "conv_finish_sums": 128,
+        }.get(kernel[0], 256)
         blocks = blocks_per_multiprocessor(registers[1], shared, threads)
         yield [*kernel, *map(str, registers), str(shared), str(blocks)]
 

@@ -2,9 +2,9 @@
 //
 //   statistics       μ, σ² (biased) per channel
 //   apply            out = act((y − μ)·scale + bias + residual)
-//   backward_reduce  Σg, Σg·(y − μ)  with  g = grad·act′(v),  v = (y − μ)·scale + bias + residual, or v = out where
-//   given backward_apply   grad_y = a·g + b·(y − μ) + c,  grad_residual = g invert           y = (act⁻¹(out) − residual
-//   − bias)/scale + μ, for identity and leaky_relu
+//   backward_reduce  Σg, Σg·(y − μ)  with  g = grad·act′(v),  v = out where given, else the argument of act in apply
+//   backward_apply   grad_y = a·g + b·(y − μ) + c,  grad_residual = g
+//   invert           y = (act⁻¹(out) − residual − bias)/scale + μ, for identity and leaky_relu
 //
 // Tensors are dense and share one layout: (M, C) with the channel fastest (channels_last), or (N, C, S) with the plane
 // fastest (contiguous). Per-channel vectors are (C,) in float64. Sums are taken in an order that depends on the shape

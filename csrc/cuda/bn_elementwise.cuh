@@ -1,7 +1,7 @@
 // One pass over the tensors, per-channel parameters in registers:
-//   apply           out = act((y − μ)·scale + bias + residual)                 reads y (residual), writes out
-//   backward_apply  grad_y = a·g + b·(y − μ) + c,  grad_residual = g           reads y, grad (residual or out), writes
-//   grad_y invert          y = (act⁻¹(out) − residual − bias)/scale + μ               reads out (residual), writes y
+//   apply           out = act((y − μ)·scale + bias + residual)         reads y (residual), writes out
+//   backward_apply  grad_y = a·g + b·(y − μ) + c,  grad_residual = g   reads y, grad (residual or out), writes grad_y
+//   invert          y = (act⁻¹(out) − residual − bias)/scale + μ       reads out (residual), writes y
 // Each thread owns one column of packs and walks down the rows (channels_last: its V channels stay in registers), or,
 // contiguous, walks along a row, whose one channel stays in registers. out may be y.
 #pragma once

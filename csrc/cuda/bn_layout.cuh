@@ -1,10 +1,10 @@
 // How both memory layouts become one matrix of packs, and how blocks of threads cover it.
 //
-//   channels_last (M, C):   f = V/gcd(V, C) rows side by side make rows of f·C scalars, a whole number of packs for
-//   every C;
+//   channels_last (M, C):   f = V/gcd(V, C) rows side by side make rows of f·C scalars,
+//                           a whole number of packs for every C;
 //                           column j belongs to channel j mod C. The last row may be cut short.
-//   contiguous (N, C, S):   N·C rows of S scalars; row r belongs to channel r mod C. Packs where V divides S, else V
-//   = 1.
+//   contiguous (N, C, S):   N·C rows of S scalars; row r belongs to channel r mod C.
+//                           Packs where V divides S, else V = 1.
 // A block is threads_x packs wide and threads_y rows high.
 #pragma once
 #include <numeric>

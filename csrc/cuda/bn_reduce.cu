@@ -11,6 +11,16 @@ constexpr int kChannelsPerBlock = 4;  // of the finishing kernels, a warp each
 dim3 finish_grid(int channels) { return dim3(ceil_div(channels, kChannelsPerBlock)); }
 const dim3 finish_block(kWarp, kChannelsPerBlock);
 
+__global__ void bn_finish_statistics_kernel(const double* __restrict__ partial, int channels, int stacked, int parts,
+                                            double* __restrict__ mean, double* __restrict__ var) {
+  const int channel = blockIdx.x * blockDim.y + threadIdx.y;
+  if (channel >= channels) return;
+  const auto moments = merge_partials<Moments>(partial, channel, channels, stacked, parts);
+  if (threadIdx.x) return;
+  mean[channel] = moments.mean;
+  var[channel] = moments.m2 / moments.count;
+}
+
 }  // namespace
 
 int64_t bn_scratch_size(const BnProblem& p) {

@@ -204,16 +204,6 @@ __device__ __forceinline__ Result merge_partials(const double* __restrict__ part
   return result;  // whole in lane 0
 }
 
-static __global__ void bn_finish_statistics_kernel(const double* __restrict__ partial, int channels, int stacked,
-                                                   int parts, double* __restrict__ mean, double* __restrict__ var) {
-  const int channel = blockIdx.x * blockDim.y + threadIdx.y;
-  if (channel >= channels) return;
-  const auto moments = merge_partials<Moments>(partial, channel, channels, stacked, parts);
-  if (threadIdx.x) return;
-  mean[channel] = moments.mean;
-  var[channel] = moments.m2 / moments.count;
-}
-
 // The threads summed g·(y − μ_r) with the rounded mean: Σg·(y − μ) = that + (μ_r − μ)·Σg.
 template <typename acc>
 __global__ void bn_finish_backward_kernel(const double* __restrict__ partial, const double* __restrict__ mean,

@@ -3,12 +3,12 @@
 //
 //   forward       y = w ⋆ x, and per channel the statistics of y where they are asked for
 //   grad_input    dx = the adjoint of w ⋆ applied to dy
-//   grad_weight   dw = Σ over pixels of dy · im2col(x)
+//   grad_weight   dw = Σ over pixels of dy · im2col(x), and the sums that b and c are made of
 // dy = a·g + b·(y − μ) + c with g = grad·act′(v) is computed while y and grad are loaded, and never stored: see bn.h,
 // for identity, relu and leaky_relu (BnProblem's residual must be null; the others apply g first, bn_backward_apply).
 //
 // Layouts: x (N, H, W, C), y (N, P, Q, K), channels last. Weights (K, R, S, C/G); for grad_input transposed within each
-// group, (G, C/G, R, S, K/G); depthwise (C = K = G) both times (R, S, C), and grad_weight gives (K, R, S, C/G) always.
+// group, (G, C/G, R, S, K/G); depthwise (C = K = G) all three (R, S, C). grad_weight gives (K, R, S, C/G).
 // All sums are taken in an order that depends on the shape alone.
 #pragma once
 #include "../padding.h"
@@ -34,7 +34,8 @@ void launch_conv_forward(const ConvProblem& problem, const void* x, const void* 
 void launch_conv_statistics(const ConvProblem& problem, const double* scratch, double* mean, double* var,
                             CUstream_st* stream);
 
-// What dy is made of: bn's y, grad, out, mean, scale, bias and a, b, c, as floats: table has conv_table_size of them.
+// What dy is made of: bn's y, grad, out, mean, scale, bias and a, b, c (or a null), as floats: table has
+// conv_table_size of them.
 int64_t conv_table_size(const ConvProblem& problem);
 void launch_conv_table(const BnProblem& bn, const double* a, const double* b, const double* c, float* table,
                        CUstream_st* stream);
@@ -43,8 +44,12 @@ void launch_conv_table(const BnProblem& bn, const double* a, const double* b, co
 void launch_conv_grad_input(const ConvProblem& problem, const BnProblem& bn, const float* table, const void* weight,
                             void* dx, CUstream_st* stream);
 
-int64_t conv_grad_weight_size(const ConvProblem& problem);  // floats of scratch
+// The one pass over y, grad and x that needs none of a, b, c: Σg and Σg·(y − μ), as launch_bn_backward_reduce gives
+// them, and in scratch what dw is made of when a, b and c are known. Of the table the first three rows.
+int64_t conv_grad_weight_size(const ConvProblem& problem);  // doubles of scratch
 void launch_conv_grad_weight(const ConvProblem& problem, const BnProblem& bn, const float* table, const void* x,
-                             float* scratch, void* dw, CUstream_st* stream);
+                             double* scratch, double* sum_g, double* sum_gd, CUstream_st* stream);
+void launch_conv_combine_weight(const ConvProblem& problem, const BnProblem& bn, const double* a, const double* b,
+                                const double* c, double* scratch, void* dw, CUstream_st* stream);
 
 }  // namespace convbn

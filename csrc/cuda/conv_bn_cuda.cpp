@@ -71,25 +71,34 @@ struct CudaKernels {
     return implicit_gemm(input, weight, geometry, mean, var);
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> backward_convolve(const BnBackward& bn, const Tensor& a, const Tensor& b,
-                                                              const Tensor& c, const Tensor& input,
-                                                              const Tensor& weight, const ConvGeometry& geometry,
-                                                              bool needs_input, bool needs_weight,
-                                                              bool needs_residual) {
-    // The products know sign activations alone; else, and where it is asked for anyway, g is stored once.
-    const bool by_sign = bn.activation == Activation::identity || bn.activation == Activation::relu ||
-                         bn.activation == Activation::leaky_relu;
-    if (by_sign && !needs_residual && !(bn.residual.defined() && !bn.out.defined())) {
-      const auto [dx, dw] = implicit_gemm_backward(bn, a, b, c, input, weight, geometry, needs_input, needs_weight);
-      return {dx, dw, Tensor()};
+  // The products know sign activations alone; else, and where it is asked for anyway, g is stored once.
+  static Tensor prepare_products(BnBackward& bn, bool needs_residual) {
+    const bool by_sign = bn.activation == Activation::relu || bn.activation == Activation::leaky_relu;
+    const bool sign_known = bn.out.defined() || !bn.residual.defined();
+    Tensor g;
+    if (needs_residual || (bn.activation != Activation::identity && !(by_sign && sign_known))) {
+      g = at::empty_like(bn.y);
+      backward_apply(bn, bn.scale, bn.scale, bn.scale, Tensor(), g);
+      bn.grad = g;
+      bn.activation = Activation::identity;
+      bn.out = Tensor();
     }
-    BnBackward masked = bn;
-    masked.grad = at::empty_like(bn.y);
-    backward_apply(bn, a, b, c, Tensor(), masked.grad);
-    masked.activation = Activation::identity;
-    masked.out = Tensor();
-    const auto [dx, dw] = implicit_gemm_backward(masked, a, b, c, input, weight, geometry, needs_input, needs_weight);
-    return {dx, dw, needs_residual ? masked.grad : Tensor()};
+    bn.residual = Tensor();
+    as_products_take(bn);
+    return needs_residual ? g : Tensor();
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> backward_reduce_products(const BnBackward& bn, const Tensor& input,
+                                                                     const Tensor& weight,
+                                                                     const ConvGeometry& geometry) {
+    return implicit_gemm_reduce(bn, input, weight, geometry);
+  }
+
+  static std::tuple<Tensor, Tensor> backward_convolve(const BnBackward& bn, const Tensor& a, const Tensor& b,
+                                                      const Tensor& c, const Tensor& input, const Tensor& weight,
+                                                      const ConvGeometry& geometry, const Tensor& products,
+                                                      bool needs_input) {
+    return implicit_gemm_backward(bn, a, b, c, input, weight, geometry, products, needs_input);
   }
 };
 

@@ -1,8 +1,7 @@
 // Depthwise convolution (one channel per group, in and out), where a matrix product would be all padding:
 //   y[p, c] = Σ_taps w[tap, c] · x[gather(p, tap), c];  grad_input is the same with the adjoint gather of dy
-//   dw[c, tap] = Σ_p dy[p, c] · x[gather(p, tap), c]
 // A thread owns a pack of V channels, a block 64 channels of 128 pixels; outputs and statistics go the way of
-// conv_output.cuh. grad_weight: a block per (channels, tap, split), pixels over the rows of threads, merged in a tree.
+// conv_output.cuh. grad_weight: conv_grad_weight.cuh.
 #pragma once
 #include "conv_output.cuh"
 
@@ -45,48 +44,6 @@ __global__ void __launch_bounds__(kThreads, 2)
                     partial + (int64_t{blockIdx.x} * Moments::kFields) * g.channels + first_channel, g.channels,
                     extent);
   }
-}
-
-// partial[split][c][tap]
-template <class Source, int V>
-__global__ void __launch_bounds__(kThreads, 2)
-    depthwise_grad_weight_kernel(Gather g, Source dy, Values<typename Source::scalar_t> input, int64_t split_pixels,
-                                 float* __restrict__ partial) {
-  constexpr int kAcross = kTileN / V, kDown = kThreads / kAcross;
-  __shared__ float shared[V][kThreads];
-  const int x = threadIdx.x % kAcross, y = threadIdx.x / kAcross, channel = (blockIdx.x * kAcross + x) * V;
-  const int taps = g.kernel[0] * g.kernel[1], split = blockIdx.z;
-  const int64_t begin = split * split_pixels, end = begin + split_pixels < g.pixels ? begin + split_pixels : g.pixels;
-  float sum[V] = {};
-  if (channel < g.channels) {
-    Column tap;
-    tap.r = blockIdx.y / g.kernel[1];
-    tap.s = blockIdx.y % g.kernel[1];
-    Pixel pixel(g, begin + y, end);
-    for (int64_t p = begin + y; p < end; p += kDown, pixel.advance(g, kDown)) {
-      const int64_t offset = locate(g, pixel, tap);
-      if (offset < 0) continue;
-      float a[V], b[V];
-      dy.template values<V>(dy.template load<V>(p * g.channels + channel), channel, a);
-      input.template values<V>(input.template load<V>(offset + channel), channel, b);
-#pragma unroll
-      for (int l = 0; l < V; ++l) sum[l] += a[l] * b[l];
-    }
-  }
-  for (int half = kDown / 2; half > 0; half /= 2) {  // the upper half gives, the lower half takes
-    if (y >= half && y < 2 * half) {
-#pragma unroll
-      for (int l = 0; l < V; ++l) shared[l][threadIdx.x] = sum[l];
-    }
-    __syncthreads();
-    if (y < half) {
-#pragma unroll
-      for (int l = 0; l < V; ++l) sum[l] += shared[l][threadIdx.x + half * kAcross];
-    }
-  }
-  if (y || channel >= g.channels) return;
-#pragma unroll
-  for (int l = 0; l < V; ++l) partial[(int64_t{split} * g.channels + channel + l) * taps + blockIdx.y] = sum[l];
 }
 
 }  // namespace convbn

@@ -1,9 +1,8 @@
-// The three matrix products of a convolution, per group of channels:
+// Two of the three matrix products of a convolution, per group of channels, in one kernel (the third:
+// conv_grad_weight.cuh):
 //   forward       y (pixels, K)  = im2col(x) (pixels, taps·C) · w (K, taps·C)ᵀ          and statistics of y
 //   grad_input    dx (pixels, C) = gathered dy (pixels, taps·K) · wᵀ (C, taps·K)ᵀ       dy made from y and grad
-//   grad_weight   dw (K, taps·C) = dy (pixels, K)ᵀ · im2col(x) (pixels, taps·C)         split over pixels
-// The first two are one kernel. A block computes 128 × 64 of the result (gemm.cuh); blocks that share pixels are
-// neighbours.
+// A block computes 128 × 64 of the result (gemm.cuh); blocks that share pixels are neighbours.
 #pragma once
 #include "conv_output.cuh"
 
@@ -47,52 +46,6 @@ __global__ void __launch_bounds__(kThreads, kGemmResident<P>)
     tile.statistics(reinterpret_cast<double*>(shared + kTileBytes),
                     partial + (int64_t{tile_m} * Moments::kFields) * s.stride + channel, s.stride, extent);
   }
-}
-
-struct GradWeightShape {
-  Gather dy, input;
-  int tiles_m = 0, tiles_n = 0, groups = 1;
-  int64_t split_pixels = 0;   // a multiple of every kDepth
-  int rows = 0, columns = 0;  // of one group's result: K/G, taps·C/G
-};
-
-// partial[split][K][taps·C/G]
-template <class P, class Source, int V>
-__global__ void __launch_bounds__(kThreads, kGemmResident<P>)
-    conv_grad_weight_kernel(GradWeightShape s, Source dy, Values<typename Source::scalar_t> input,
-                            float* __restrict__ partial) {
-  CONVBN_DYNAMIC_SHARED(char, shared);
-  const int tile_n = blockIdx.x % s.tiles_n, tile_m = blockIdx.x / s.tiles_n;
-  const int group = blockIdx.y % s.groups, split = blockIdx.y / s.groups;
-  const int first_row = tile_m * kTileM, first_column = tile_n * kTileN;
-  const int64_t begin = split * s.split_pixels;
-  const int64_t end = begin + s.split_pixels < s.dy.pixels ? begin + s.split_pixels : s.dy.pixels;
-
-  Operand<typename P::template Layout<kTileM>, Source, V> a(s.dy, dy, group, shared, begin, end, first_row);
-  Operand<typename P::template Layout<kTileN>, Values<typename Source::scalar_t>, V> b(
-      s.input, input, group, shared + kTileM * kStepBytes, begin, end, first_column);
-  P product;
-  constexpr int kStep = kDepth<typename Source::scalar_t>;
-  multiply_tiles(product, a, b, static_cast<int>((end - begin + kStep - 1) / kStep));
-
-  const Extent extent{s.rows - first_row < kTileM ? s.rows - first_row : kTileM,
-                      s.columns - first_column < kTileN ? s.columns - first_column : kTileN};
-  const OutputTile<float> tile{reinterpret_cast<float*>(shared)};
-  product.for_each([&](int row, int column, const auto& values) { tile.put(row, column, values); });
-  __syncthreads();
-  partial += ((int64_t{split} * s.groups + group) * s.rows + first_row) * s.columns + first_column;
-  tile.template write<V == 1 ? 1 : kPack<float>>(partial, s.columns, extent);
-}
-
-// dw = Σ over splits, in their order.
-template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
-    conv_sum_splits_kernel(const float* __restrict__ partial, int64_t size, int splits, scalar_t* __restrict__ dw) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= size) return;
-  float sum = 0;
-  for (int split = 0; split < splits; ++split) sum += partial[split * size + i];
-  dw[i] = from_acc<scalar_t>(sum);
 }
 
 }  // namespace convbn

@@ -38,7 +38,7 @@ void with_product(const ConvProblem& p, F f) {
 }
 
 template <typename scalar_t>
-NormGradient<scalar_t> norm_gradient(const BnProblem& bn, const float* table) {
+MaskedGradient<scalar_t> masked_gradient(const BnProblem& bn, const float* table) {
   const bool identity = bn.activation == Activation::identity;
   const float slope = identity ? 1.f : bn.activation == Activation::relu ? 0.f : static_cast<float>(bn.slope);
   const auto tensor = [](const void* p) { return static_cast<const scalar_t*>(p); };

@@ -2,10 +2,10 @@
 // host implementation that runs each thread of a block as a fiber, so the same sources are executed and checked without
 // a GPU.
 //
-//   CONVBN_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)   the only spelling of a launch
-//   CONVBN_ALLOW_SHARED(kernel, bytes)                                       for more than 48 KiB of dynamic shared
-//   memory CONVBN_DYNAMIC_SHARED(type, name)                                        the launch's dynamic shared memory
-//   as type*
+//   CONVBN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)   the only spelling of a launch
+//   CONVBN_ALLOW_SHARED(kernel, bytes)                              for more than 48 KiB of dynamic shared memory
+//   CONVBN_DYNAMIC_SHARED(type, name)                               the launch's dynamic shared memory as type*
+// No torch header is included here, nor by any kernel.
 #pragma once
 #include <cstdint>
 

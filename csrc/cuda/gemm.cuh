@@ -147,6 +147,15 @@ struct TensorProduct {
   static constexpr int kFragmentDepth = 32 / sizeof(scalar_t);
   float acc[2][4][4] = {};
 
+  static __device__ __forceinline__ float rounded(scalar_t x) {  // what is multiplied
+    if constexpr (sizeof(scalar_t) == 4) {
+      uint32_t word;
+      memcpy(&word, &x, sizeof word);
+      word = round_to_tf32(word);
+      memcpy(&x, &word, sizeof word);
+    }
+    return to_acc(x);
+  }
   static __device__ __forceinline__ int first_row() { return threadIdx.x / kWarp % 4 * 32; }
   static __device__ __forceinline__ int first_column() { return threadIdx.x / kWarp / 4 * 32; }
 
@@ -217,6 +226,7 @@ struct FloatProduct {
   static constexpr bool kTensor = false;
   float acc[8][4] = {};
 
+  static __device__ __forceinline__ float rounded(float x) { return x; }
   // A warp is 4 threads high and 8 wide.
   static __device__ __forceinline__ int y() { return threadIdx.x / kWarp / 2 * 4 + threadIdx.x % kWarp / 8; }
   static __device__ __forceinline__ int x() { return threadIdx.x / kWarp % 2 * 8 + threadIdx.x % 8; }

@@ -14,11 +14,18 @@ bool use_implicit_gemm(const at::Tensor& input, const at::Tensor& weight, const 
 at::Tensor implicit_gemm(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& geometry,
                          at::Tensor* mean, at::Tensor* var);
 
-// (dx, dw) from dy = a·g + b·(y − μ) + c, which is never stored; bn's activation is identity, relu or leaky_relu.
+// The backward pass, of bn with its tensors as images in channels_last, no residual, and the activation identity, relu
+// or leaky_relu; dy = a·g + b·(y − μ) + c is never stored.
+void as_products_take(BnBackward& bn);
+// Σg, Σg·(y − μ) and, in one pass over y, grad and input, the products that dw is made of when a, b and c are known.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> implicit_gemm_reduce(const BnBackward& bn, const at::Tensor& input,
+                                                                    const at::Tensor& weight,
+                                                                    const ConvGeometry& geometry);
+// (dx, dw): dx if needs_input, dw if there are products.
 std::tuple<at::Tensor, at::Tensor> implicit_gemm_backward(const BnBackward& bn, const at::Tensor& a,
                                                           const at::Tensor& b, const at::Tensor& c,
                                                           const at::Tensor& input, const at::Tensor& weight,
-                                                          const ConvGeometry& geometry, bool needs_input,
-                                                          bool needs_weight);
+                                                          const ConvGeometry& geometry, const at::Tensor& products,
+                                                          bool needs_input);
 
 }  // namespace convbn

@@ -119,23 +119,35 @@ Tensor implicit_gemm(const Tensor& input, const Tensor& weight, const ConvGeomet
   return in_format_of(y, input, g.output_sizes(input.sizes(), weight.sizes()));
 }
 
-std::tuple<Tensor, Tensor> implicit_gemm_backward(const BnBackward& bn_, const Tensor& a, const Tensor& b,
-                                                  const Tensor& c, const Tensor& input, const Tensor& weight,
-                                                  const ConvGeometry& g, bool needs_input, bool needs_weight) {
-  const ConvProblem p = problem_of(input, weight, g);
-  BnBackward bn = bn_;
+void as_products_take(BnBackward& bn) {
   bn.y = nhwc(bn.y);
   bn.grad = nhwc(bn.grad);
   if (bn.out.defined()) bn.out = nhwc(bn.out);
-  bn.residual = Tensor();
+}
+
+std::tuple<Tensor, Tensor, Tensor> implicit_gemm_reduce(const BnBackward& bn, const Tensor& input, const Tensor& weight,
+                                                        const ConvGeometry& g) {
+  const ConvProblem p = problem_of(input, weight, g);
   const Launch launch(bn);
-  const auto floats = bn.y.options().dtype(at::kFloat);
-  const Tensor table = at::empty({conv_table_size(p)}, floats), a_ = a.contiguous(), b_ = b.contiguous(),
-               c_ = c.contiguous();
-  launch_conv_table(launch.problem, a_.const_data_ptr<double>(), b_.const_data_ptr<double>(),
-                    c_.const_data_ptr<double>(), table.mutable_data_ptr<float>(), launch.stream);
+  const Tensor x = nhwc(input), table = at::empty({conv_table_size(p)}, bn.y.options().dtype(at::kFloat));
+  const Tensor sum_g = launch.vector(x, p.out_channels), sum_gd = launch.vector(x, p.out_channels),
+               products = launch.vector(x, conv_grad_weight_size(p));
+  launch_conv_table(launch.problem, nullptr, nullptr, nullptr, table.mutable_data_ptr<float>(), launch.stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  const auto* rows = table.const_data_ptr<float>();
+  launch_conv_grad_weight(p, launch.problem, table.const_data_ptr<float>(), data(x),
+                          products.mutable_data_ptr<double>(), sum_g.mutable_data_ptr<double>(),
+                          sum_gd.mutable_data_ptr<double>(), launch.stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {sum_g, sum_gd, products};
+}
+
+std::tuple<Tensor, Tensor> implicit_gemm_backward(const BnBackward& bn, const Tensor& a, const Tensor& b,
+                                                  const Tensor& c, const Tensor& input, const Tensor& weight,
+                                                  const ConvGeometry& g, const Tensor& products, bool needs_input) {
+  const ConvProblem p = problem_of(input, weight, g);
+  const Launch launch(bn);
+  const Tensor a_ = a.contiguous(), b_ = b.contiguous(), c_ = c.contiguous();
+  const double *as = a_.const_data_ptr<double>(), *bs = b_.const_data_ptr<double>(), *cs = c_.const_data_ptr<double>();
 
   Tensor grad_input, grad_weight;
   if (needs_input) {
@@ -149,21 +161,25 @@ std::tuple<Tensor, Tensor> implicit_gemm_backward(const BnBackward& bn_, const T
         q.padding[2 - g.axes() + i] = 0;
       }
     }
+    const Tensor table = at::empty({conv_table_size(p)}, bn.y.options().dtype(at::kFloat));
+    launch_conv_table(launch.problem, as, bs, cs, table.mutable_data_ptr<float>(), launch.stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
     const Tensor w = adjoint_weight(p, weight);
     const Tensor dx =
         at::empty({q.samples, q.channels, q.size[0], q.size[1]}, bn.y.options().memory_format(kChannelsLast));
-    launch_conv_grad_input(q, launch.problem, rows, data(w), mutable_data(dx), launch.stream);
+    launch_conv_grad_input(q, launch.problem, table.const_data_ptr<float>(), data(w), mutable_data(dx), launch.stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     grad_input = folded ? pad_adjoint(in_format_of(dx, input, padded), input.sizes(), g)
                         : in_format_of(dx, input, input.sizes());
   }
-  if (needs_weight) {
-    const Tensor x = nhwc(input), scratch = at::empty({conv_grad_weight_size(p)}, floats);
-    const Tensor dw = at::empty({p.out_channels, p.kernel[0], p.kernel[1], p.channels / p.groups}, input.options());
-    launch_conv_grad_weight(p, launch.problem, rows, data(x), scratch.mutable_data_ptr<float>(), mutable_data(dw),
-                            launch.stream);
+  if (products.defined()) {
+    const auto order = p.depthwise() ? at::IntArrayRef{2, 3, 0, 1} : at::IntArrayRef{0, 2, 3, 1};
+    const Tensor dw = at::empty_like(as_image(weight).permute(order), at::MemoryFormat::Contiguous);
+    launch_conv_combine_weight(p, launch.problem, as, bs, cs, products.mutable_data_ptr<double>(), mutable_data(dw),
+                               launch.stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    grad_weight = in_format_of(dw.permute({0, 3, 1, 2}), weight, weight.sizes());
+    grad_weight = in_format_of(dw.permute(p.depthwise() ? at::IntArrayRef{2, 3, 0, 1} : at::IntArrayRef{0, 3, 1, 2}),
+                               weight, weight.sizes());
   }
   return {grad_input, grad_weight};
 }

@@ -70,7 +70,11 @@ SIMT_API void conv_table(const int64_t* numbers, BN_PARAMETERS, const double* a,
 SIMT_API void conv_grad_input(const int64_t* numbers, BN_PARAMETERS, const float* table, const void* weight, void* dx) {
   convbn::launch_conv_grad_input(problem(numbers), BN, table, weight, dx, nullptr);
 }
-SIMT_API void conv_grad_weight(const int64_t* numbers, BN_PARAMETERS, const float* table, const void* x, float* scratch,
-                               void* dw) {
-  convbn::launch_conv_grad_weight(problem(numbers), BN, table, x, scratch, dw, nullptr);
+SIMT_API void conv_grad_weight(const int64_t* numbers, BN_PARAMETERS, const float* table, const void* x,
+                               double* scratch, double* sum_g, double* sum_gd) {
+  convbn::launch_conv_grad_weight(problem(numbers), BN, table, x, scratch, sum_g, sum_gd, nullptr);
+}
+SIMT_API void conv_combine_weight(const int64_t* numbers, BN_PARAMETERS, const double* a, const double* b,
+                                  const double* c, double* scratch, void* dw) {
+  convbn::launch_conv_combine_weight(problem(numbers), BN, a, b, c, scratch, dw, nullptr);
 }

@@ -95,13 +95,16 @@ class Layer:
             self.activation
         ](v)
 
-    def dy(self, dtype):
+    def parts(self, dtype):
+        """g = grad·act′ and d = y − μ."""
         y, g = self.y.to(dtype), self.grad.to(dtype)
         v = self.out.to(dtype) if self.use_out else self.affine(y)
         slope = {"identity": 1.0, "relu": 0.0, "leaky_relu": SLOPE}[self.activation]
-        g = torch.where(v <= 0, g * slope, g)
-        d = y - self.per_channel(self.mean, y)
-        return self.per_channel(self.scale, y) * g + self.per_channel(self.b, y) * d + self.per_channel(self.c, y)
+        return torch.where(v <= 0, g * slope, g), y - self.per_channel(self.mean, y)
+
+    def dy(self, dtype):
+        g, d = self.parts(dtype)
+        return self.per_channel(self.scale, d) * g + self.per_channel(self.b, d) * d + self.per_channel(self.c, d)
 
     def backward(self, dy, x, weight):
         x, weight = x.requires_grad_(), weight.requires_grad_()
@@ -180,14 +183,18 @@ class Layer:
             *(sim.input(name, getattr(self, name)) for name in ("mean", "scale", "bias")),
         )
         table = self.output("table", (sim.call("conv_table_size", numbers),), torch.float32)
-        abc = (sim.input(name, t) for name, t in zip("abc", (self.scale, self.b, self.c), strict=True))
-        self.run("conv_table", numbers, *bn, *abc, table)
+        abc = [sim.input(name, t) for name, t in zip("abc", (self.scale, self.b, self.c), strict=True)]
+        self.run("conv_table", numbers, *bn, None, None, None, table)  # a, b and c need the sums of the first pass
 
         x = sim.input("x", memory(self.x))
-        scratch = self.output("scratch", (sim.call("conv_grad_weight_size", numbers),), torch.float32)
-        dw = self.output("dw", memory(self.weight).shape)
-        self.run("conv_grad_weight", numbers, *bn, table, x, scratch, dw)
-        self.results["dw"] = dw.read().movedim(-1, 1)
+        scratch = self.output("scratch", (sim.call("conv_grad_weight_size", numbers),), torch.float64)
+        sums = [self.output(name, (self.out_channels,), torch.float64) for name in ("sum_g", "sum_gd")]
+        self.run("conv_grad_weight", numbers, *bn, table, x, scratch, *sums)
+        self.results |= {s.name: s.read() for s in sums}
+        dw = self.output("dw", self.weight_memory().shape)
+        self.run("conv_combine_weight", numbers, *bn, *abc, scratch, dw)
+        self.results["dw"] = dw.read().permute(2, 3, 0, 1) if self.depthwise() else dw.read().movedim(-1, 1)
+        self.run("conv_table", numbers, *bn, *abc, table)
 
         weight = sim.input("weight", self.weight_memory(adjoint=True))
         (ph, pw), padded = self.padding, self.border != "zeros"
@@ -210,6 +217,13 @@ class Layer:
             if name in self.results:
                 limit = 2 * error(theirs[name], reference) + floor(reference, self.dtype, 2)
                 assert error(self.results[name], reference) <= limit, name
+        if "sum_g" in self.results:
+            g, d = self.parts(torch.float64)
+            if not self.depthwise():
+                g = g.to(self.dtype).double()  # halves are rounded first, as by torch's own leaky_relu
+            eps, over = 4 * torch.finfo(torch.float32).eps, (0, 2, 3)
+            for name, terms in (("sum_g", g), ("sum_gd", g * d)):
+                assert error(self.results[name], terms.sum(over)) <= eps * terms.abs().sum(over).max().item(), name
         if "mean" in self.results:  # of y as it is stored
             y = self.results["y"].double()
             mean, var = y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
@@ -268,6 +282,22 @@ def test_borders(sim, border, channels):
 @pytest.mark.parametrize("product", ["float32", "bfloat16"])
 def test_activations_in_the_prologue(sim, product, activation, use_out):
     layer(sim, product, "16->136, 1x1", activation=activation, use_out=use_out).gradients().check()
+
+
+@products
+@pytest.mark.parametrize("groups", [1, 16], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("level", [0.0, 1 / 3], ids=["random", "almost constant"])
+def test_gradients_of_a_training_step(sim, product, groups, level):
+    """b and c as training makes them, of a gradient and an input whose means all but cancel in dw."""
+    case = Layer(sim, product, (2, 16, 13, 9), 16, groups=groups, activation="leaky_relu")
+    if level:
+        case.grad = (level + 0.01 * case.grad.double()).to(case.dtype)
+        case.x = (10 * level + 0.1 * case.x.double()).to(case.dtype)
+    g, d = case.parts(torch.float64)
+    m = case.y.numel() // 16
+    case.b = -case.scale * (g * d).sum((0, 2, 3)) / (m * (case.var + 1e-5))
+    case.c = -case.scale * g.sum((0, 2, 3)) / m
+    case.gradients().check()
 
 
 @products

@@ -6,12 +6,9 @@ from collections import defaultdict
 import harness
 import pytest
 from test_simt_bn import Case, run_everything
-from test_simt_conv import Layer, products
+from test_simt_conv import PRODUCTS, Layer, products
 
 pytestmark = pytest.mark.skipif("instrumented" not in harness.BUILDS, reason="the instrumented build counts traffic")
-
-
-TENSORS = ("x", "y", "grad", "out", "dx")
 
 
 @functools.cache
@@ -32,8 +29,13 @@ def kernel_name(name):
 @products
 @pytest.mark.parametrize("groups", [1, 64], ids=["dense", "depthwise"])
 def test_sectors_and_banks_are_near_the_ideal(product, groups, capsys):
-    """≤ 1.10 for every tensor and shared memory; the table, parameters per channel included, is printed."""
+    """≤ 1.10 everywhere, shared memory and parameters per channel included; the table is printed.
+
+    Halves read the table of parameters, 8 floats a thread, in two loads of 16 bytes: each sector twice, the second
+    time out of L1, since a launch touches no more sectors than the table has.
+    """
     lines, over = [], []
+    halves = PRODUCTS[product][0].itemsize == 2
     for launcher, rows in run_layer(product, groups).traffic.items():
         total = defaultdict(lambda: [0, 0])
         for row in rows:
@@ -43,33 +45,45 @@ def test_sectors_and_banks_are_near_the_ideal(product, groups, capsys):
         for (kernel, region, space, mode), (moved, ideal) in total.items():
             what = f"{launcher:17} {kernel:21} {region:8} {space:6} {mode:5}"
             lines.append(f"{what} {moved:7} {ideal:7} {moved / ideal:5.2f}")
-            if moved > 1.10 * ideal and (region in TENSORS or space == "shared"):
+            allowed = 2.0 if halves and region == "table" and mode == "read" else 1.10
+            if moved > allowed * ideal:
                 over.append(lines[-1])
     with capsys.disabled():
         print(f"\n{product} {'depthwise' if groups > 1 else 'dense'}: sectors or bank passes, ideal, ratio")
         print("\n".join(lines))
     assert not over, over
+    for launcher, footprints in run_layer(product, groups).footprints.items():
+        touched = [n for (_, region, mode), n in footprints.items() if region == "table" and mode == "read"]
+        assert all(n <= 6 * 64 * 4 // 32 for n in touched), launcher
 
 
 @products
-def test_passes_over_tensors_of_the_size_of_y(product):
-    """Beside what a convolution alone has to do (write y; read dy twice): forward 2 ≤ 3, backward 4 ≤ 5."""
+def test_passes_over_tensors_of_the_size_of_y(product, capsys):
+    """Every read and write of y, grad and out by a layer's kernels, a sector once per launch: forward 3, backward 4."""
     layer = run_layer(product)
     sim = harness.simulator("instrumented")
     case = Case(sim, layer.y, True, layer.activation)
     sim.footprints()
     run_everything(case)
-    around = defaultdict(int)
-    for (kernel, buffer, _), sectors in sim.footprints().items():
-        around[kernel_name(kernel), buffer] += sectors
-    size = layer.y.numel() * layer.y.element_size() / 32  # sectors
+    apply = {key: n for key, n in sim.footprints().items() if kernel_name(key[0]) == "bn_apply"}
+    forward = [*layer.footprints["conv_forward"].items(), *apply.items()]
+    backward = [*layer.footprints["conv_grad_weight"].items(), *layer.footprints["conv_grad_input"].items()]
+    sectors = layer.y.numel() * layer.y.element_size() / 32
 
-    def count(launcher, *buffers):
-        return sum(n for (_, buffer, _), n in layer.footprints[launcher].items() if buffer in buffers) / size
+    def passes(footprints, *buffers):
+        return {key: n / sectors for key, n in footprints if key[1] in buffers}
 
-    forward = count("conv_forward", "y") + (around["bn_apply", "y"] + around["bn_apply", "out_"]) / size
-    reduce = (around["bn_backward_reduce", "y"] + around["bn_backward_reduce", "grad"]) / size
-    products = count("conv_grad_input", "y", "grad") + count("conv_grad_weight", "y", "grad")
-    assert (forward, reduce, products) == (3, 2, 4)
-    assert forward - 1 <= 3
-    assert reduce + products - 2 <= 5
+    table = {
+        "forward": passes(forward, "y", "out_"),
+        "backward": passes(backward, "y", "grad"),
+        "x and dx, as large here": passes(forward + backward, "x", "dx"),
+    }
+    with capsys.disabled():
+        for name, rows in table.items():
+            each = ", ".join(f"{kernel_name(k)} {b} {m} {n:g}" for (k, b, m), n in rows.items())
+            print(f"\n{product}, {name}: {each}")
+    assert table["forward"] == dict.fromkeys(table["forward"], 1)
+    assert len(table["forward"]) == 3  # y written, y read, out written
+    assert table["backward"] == dict.fromkeys(table["backward"], 1)
+    assert len(table["backward"]) == 4  # y and grad with the weight's gradient, y and grad with the input's
+    assert sum(table["x and dx, as large here"].values()) == 3  # x read twice, dx written

@@ -80,10 +80,11 @@ def _differences(geometry: Geometry, spatial: tuple[int, ...]) -> _Differences:
     for mode in (geometry.mode, "circular"):
         one = replace(geometry, groups=1, mode=mode)
         position, source, tap = stencil_entries(one, (1, *spatial), (1, 1, *geometry.kernel))
-        reads.append(torch.full((P * T,), -1).index_copy_(0, position * T + tap, source))
+        reads.append(torch.full((P * T,), -1, device="cpu").index_copy_(0, position * T + tap, source))
     differ = reads[0] != reads[1]
     border = differ.reshape(P, T).any(1).nonzero().flatten()
-    number = torch.zeros(P, dtype=torch.long).index_copy_(0, border, torch.arange(len(border)))
+    place = torch.arange(len(border), device="cpu")
+    number = place.new_zeros(P).index_copy_(0, border, place)
     found = [(differ & (read >= 0)).nonzero().flatten() for read in reads]
     cells = torch.cat(found)
     return _Differences(
@@ -91,7 +92,7 @@ def _differences(geometry: Geometry, spatial: tuple[int, ...]) -> _Differences:
         number[cells // T],
         torch.cat([read[cell] for read, cell in zip(reads, found, strict=True)]),
         cells % T,
-        torch.cat([torch.full((len(cell),), sign).double() for sign, cell in zip((1.0, -1.0), found, strict=True)]),
+        torch.cat([torch.full_like(cell, sign).double() for sign, cell in zip((1, -1), found, strict=True)]),
     )
 
 
@@ -113,7 +114,7 @@ def factorise_border(op: ConvBNOperator, layout: BorderLayout) -> _C.BorderMap |
     del impulses
 
     nb = len(d.border)
-    shift = torch.zeros(len(d.source), nb, dtype=torch.long)
+    shift = torch.zeros(len(d.source), nb, dtype=torch.long, device="cpu")
     inner = P
     for size in spatial:  # s − p, axis by axis
         inner //= size
@@ -130,7 +131,7 @@ def factorise_border(op: ConvBNOperator, layout: BorderLayout) -> _C.BorderMap |
     K = K.reshape(G, nb * c, nb * c)
     K.diagonal(dim1=1, dim2=2).add_(1)
 
-    channel = torch.arange(C).reshape(G, 1, c)
+    channel = torch.arange(C, device="cpu").reshape(G, 1, c)
     rows = (channel * P + d.border[:, None]).flatten().to(device)
     result = _C.BorderMap(M, op.conv_map, rows, K)
     return result if result.finite else None

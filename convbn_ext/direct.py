@@ -117,7 +117,7 @@ def _block_positions(
 
     (r, i), (s, j) = split(row), split(column)
     place = (((s - r + 1) * R + r) * m + i) * m + j
-    filler = torch.arange((size - (R - 1) * layout.rows) * (m // layout.rows), m)
+    filler = torch.arange((size - (R - 1) * layout.rows) * (m // layout.rows), m, device="cpu")
     identity = ((R + R - 1) * m + filler) * m + filler
     return place, tap, identity
 
@@ -174,7 +174,8 @@ def factorise_by_products(op: ConvBNOperator, layout: Layout) -> _C.BlockTridiag
 
 def loss(op: ConvBNOperator, M: _C.LinearMap) -> float:
     """‖v − W M v‖ / ‖v‖ for a random v: what a step of refinement with M leaves at worst."""
-    v = torch.randn(1, op.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(op.device)
+    seeded = torch.Generator().manual_seed(0)
+    v = torch.randn(1, op.shape[1], dtype=torch.float64, generator=seeded, device="cpu").to(op.device)
     rest = v - op.conv_map.apply(M.apply(v))
     found = float(torch.linalg.vector_norm(rest) / torch.linalg.vector_norm(v))
     return found if math.isfinite(found) else math.inf

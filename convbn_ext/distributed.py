@@ -68,7 +68,7 @@ def solve_sharded(conv: Any, bn: Any, x: Tensor, *, process_group: Any = None, *
     group = active_group(process_group)
     if group is None:
         return solve(conv, bn, x, **options)
-    parts = torch.arange(len(x)).tensor_split(dist.get_world_size(group))
+    parts = torch.arange(len(x), device="cpu").tensor_split(dist.get_world_size(group))
     mine = parts[dist.get_rank(group)]
     count = len(mine)
     some = mine if count else torch.arange(min(len(x), 1))  # without a part of its own: for method and shape of z alone

@@ -59,7 +59,7 @@ class Geometry:
         """Input position that each kernel tap reads along one axis: (out, kernel) indices, −1 where it reads a zero."""
         k, s, d, (lo, _) = self.kernel[axis], self.stride[axis], self.dilation[axis], self.padding[axis]
         out = (size + sum(self.padding[axis]) - d * (k - 1) - 1) // s + 1
-        position = torch.arange(out)[:, None] * s + torch.arange(k) * d - lo
+        position = torch.arange(out, device="cpu")[:, None] * s + torch.arange(k, device="cpu") * d - lo
         if self.mode == "circular":
             return position % size
         if self.mode == "reflect":
@@ -98,13 +98,13 @@ def stencil_entries(
     out, spatial, taps = [len(s) for s in sources], input_shape[1:], math.prod(geometry.kernel)
 
     # (position, source, tap) of one axis after the other, combined into flat indices
-    position = source = tap = torch.zeros(1, dtype=torch.long)
+    position = source = tap = torch.zeros(1, dtype=torch.long, device="cpu")
     for reads, size in zip(sources, spatial, strict=True):
         at, k = (reads >= 0).nonzero(as_tuple=True)
         parts = ((position, at, len(reads)), (source, reads[at, k], size), (tap, k, reads.shape[1]))
         position, source, tap = ((outer[:, None] * extent + inner).flatten() for outer, inner, extent in parts)
-    o = torch.arange(c_out)[:, None, None]
-    i = torch.arange(c_in)[None, :, None]
+    o = torch.arange(c_out, device="cpu")[:, None, None]
+    i = torch.arange(c_in, device="cpu")[None, :, None]
     channel = i + o // (c_out // geometry.groups) * c_in
     row = o * math.prod(out) + position
     column = channel * math.prod(spatial) + source

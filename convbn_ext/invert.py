@@ -104,7 +104,9 @@ class _Invert(torch.autograd.Function):
     @staticmethod
     def forward(problem: _Problem, x: Tensor, *parameters: Tensor | None) -> Tensor:
         stats = problem.stats
-        frozen: Any = stats if isinstance(stats, str) else tuple(torch.as_tensor(s).detach() for s in stats)
+        frozen: Any = stats
+        if not isinstance(stats, str):
+            frozen = tuple(s.detach() if isinstance(s, Tensor) else s for s in stats)
         result = solve(problem.conv, problem.bn, x, stats=frozen, **problem.options)
         _raise_unless_solved(result)
         problem.result = result

@@ -40,10 +40,11 @@ def _autocorrelation_inverse(op: ConvBNOperator, outputs: bool) -> _C.CirculantM
     stride = g.stride if outputs else (1,) * len(g.stride)
     weight = op.weight.reshape(g.groups, op.weight.shape[0] // g.groups, op.weight.shape[1], -1)
     products = torch.einsum("goit,gpis->gopts" if outputs else "goit,gojs->gijts", weight, weight)
-    lag = torch.zeros(1, 1, dtype=torch.long)  # (tap, tap) -> position on the grid, −1 off the stride's grid
-    valid = torch.ones(1, 1, dtype=torch.bool)
+    # (tap, tap) -> position on the grid, −1 off the stride's grid
+    lag = torch.zeros(1, 1, dtype=torch.long, device="cpu")
+    valid = torch.ones(1, 1, dtype=torch.bool, device="cpu")
     for k, d, s, size in zip(g.kernel, g.dilation, stride, spatial, strict=False):
-        tap = torch.arange(k) * d
+        tap = torch.arange(k, device="cpu") * d
         difference = tap[:, None] - tap[None, :]
         lag = (lag[:, None, :, None] * size + (difference // s % size)[None, :, None, :]).flatten(2).flatten(0, 1)
         valid = (valid[:, None, :, None] & (difference % s == 0)[None, :, None, :]).flatten(2).flatten(0, 1)

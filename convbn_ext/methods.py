@@ -40,7 +40,10 @@ class Outcome:
         """NaN for every row of ``like``."""
         B = len(like)
         return cls(
-            like.new_full((B, n), math.nan), [status] * B, torch.zeros(B, dtype=torch.long), [like.new_empty(0)] * B
+            like.new_full((B, n), math.nan),
+            [status] * B,
+            torch.zeros(B, dtype=torch.long, device="cpu"),
+            [like.new_empty(0)] * B,
         )
 
     def put(self, rows: Tensor, part: Outcome) -> None:
@@ -152,9 +155,11 @@ def gmres(system: Preconditioned, rhs: Tensor, z0: Tensor | None, target: Target
             inner_dtype=options.dtype,
             on_step=report if options.on_step else None,
         )
-        index = torch.arange(B)[rows]
-        history = [torch.tensor(h, dtype=torch.float64) * f for h, f in zip(solved.history, factor, strict=True)]
-        iterations = torch.tensor(solved.iterations, dtype=torch.long)
+        index = torch.arange(B, device="cpu")[rows]
+        history = [
+            torch.tensor(h, dtype=torch.float64, device="cpu") * f for h, f in zip(solved.history, factor, strict=True)
+        ]
+        iterations = torch.tensor(solved.iterations, dtype=torch.long, device="cpu")
         result.put(index, Outcome(solved.x * unit[rows], solved.status, iterations, history))
         if solved.basis_limited and solved.restart < min(restart, expected):
             notes.append(
@@ -208,8 +213,8 @@ def refine(
         active = active[open_rows & fast]
 
     status = ["converged"] * B
-    iterations = torch.tensor([len(h) - 1 for h in history], dtype=torch.long)
-    result = Outcome(z, status, iterations, [torch.tensor(h, dtype=torch.float64) for h in history])
+    iterations = torch.tensor([len(h) - 1 for h in history], dtype=torch.long, device="cpu")
+    result = Outcome(z, status, iterations, [torch.tensor(h, dtype=torch.float64, device="cpu") for h in history])
     rest = torch.cat(slow) if slow else active
     if len(rest):
         rest = rest.sort().values

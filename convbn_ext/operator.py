@@ -41,7 +41,7 @@ def frozen_statistics(bn: Any, stats: Stats, channels: int, who: str) -> tuple[T
             raise ValueError(f'{who}: bn has no running statistics; give stats=(mean, var) or stats="batch"')
         mean, var = bn.running_mean, bn.running_var
     elif isinstance(stats, tuple | list) and len(stats) == 2:
-        mean, var = (torch.as_tensor(s) for s in stats)
+        mean, var = (s if isinstance(s, Tensor) else torch.as_tensor(s, device="cpu") for s in stats)
     else:
         raise TypeError(f'{who}: stats must be "running", "batch" or a pair (mean, var), got {stats!r}')
     for name, value in (("mean", mean), ("var", var)):
@@ -175,15 +175,16 @@ class ConvBNOperator:
             t.to(self.device) for t in stencil_entries(self.geometry, self.input_shape, self.weight.shape)
         )
         values = self._scaled_weight().flatten()[tap].to(self.dtype)
+        entries = torch.stack([row, column])
         return torch.sparse_coo_tensor(
-            torch.stack([row, column]), values, self.shape, check_invariants=False
+            entries, values, self.shape, device=values.device, check_invariants=False
         ).coalesce()
 
     def to_scipy(self) -> Any:
         """A as a scipy.sparse.linalg.LinearOperator of NumPy arrays (SciPy must be installed)."""
         from scipy.sparse.linalg import LinearOperator
 
-        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        numpy_dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
 
         def on_columns(apply: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
             def call(v: Any) -> Any:
@@ -223,9 +224,9 @@ class ConvBNOperator:
             )
         weight = self._scaled_weight() if scaled else self.weight
         c_out, c_in = weight.shape[:2]
-        flat = torch.zeros(1, dtype=torch.long)
+        flat = torch.zeros(1, dtype=torch.long, device="cpu")
         for axis, size in enumerate(self.input_shape[1:]):
-            tap = (torch.arange(g.kernel[axis]) * g.dilation[axis] - g.padding[axis][0]) % size
+            tap = (torch.arange(g.kernel[axis], device="cpu") * g.dilation[axis] - g.padding[axis][0]) % size
             flat = (flat[:, None] * size + tap).flatten()
         stencil = weight.new_zeros(c_out * c_in, math.prod(spatial))
         stencil.index_add_(1, flat.to(weight.device), weight.reshape(c_out * c_in, -1))

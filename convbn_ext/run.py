@@ -102,7 +102,7 @@ def _direct(
     assert choice.layout is not None
     factor = cached_factor(op, choice.layout)
     result, notes = Outcome.unsolved(rhs, op.shape[1], "breakdown"), ["a pivot block is singular"]
-    settled = torch.zeros(len(rhs), dtype=torch.bool)  # as well as rounding allows
+    settled = torch.zeros(len(rhs), dtype=torch.bool, device="cpu")  # as well as rounding allows
     if factor.map is not None:
         left = op.channel_vector(1 / op.scale)
         system = Preconditioned(left, op.conv_map, factor.map, min(op.shape[1], _STEPS_ON_LU))
@@ -112,7 +112,7 @@ def _direct(
             result = refine(system.matrix, system, rhs, None, target, exact)
         else:
             result = refine(op.map, system, rhs, z0, target, exact)
-        missed = torch.tensor([status != "converged" for status in result.status], dtype=torch.bool)
+        missed = torch.tensor([status != "converged" for status in result.status], dtype=torch.bool, device="cpu")
         if missed.any():
             settled[missed] = _limited_by_rounding(system, rhs[missed], result.z[missed], float(op.weight.norm()))
         notes = [factor.note, result.note]

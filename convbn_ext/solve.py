@@ -245,7 +245,7 @@ def _reporter(
     callback: Callable[[Tensor], None] | None, bar: Progress, rows: Tensor, N: int
 ) -> Callable[[slice | Tensor, Tensor], None]:
     """Spread the residuals of a part of the batch over all N samples, for the callback and the bar."""
-    current = torch.full((N,), math.nan, dtype=torch.float64)
+    current = torch.full((N,), math.nan, dtype=torch.float64, device="cpu")
     rows = rows.cpu()
 
     def on_step(part: slice | Tensor, relative: Tensor) -> None:

@@ -100,6 +100,44 @@ def test_fold(device):
     assert error(cb.fold(conv, bn)(z.to(device)), x.double()) <= 1e-5
 
 
+def everything_on(conv, bn, x, z):
+    """The package's calls, by name, on tensors of one device."""
+    circular = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular", dtype=x.dtype, device=x.device)
+    circular.load_state_dict(conv.state_dict())
+    wide = nn.Conv2d(2, 3, 3, padding=1, dtype=x.dtype, device=x.device)
+    wide_bn = nn.BatchNorm2d(3, dtype=x.dtype, device=x.device).eval()
+    op = cb.ConvBNOperator(conv, bn, z.shape[1:])
+    A = op.to_sparse().to_dense()
+    training = lambda memory, act: cb.ConvBN2d.from_modules(conv, bn, act, memory=memory).train()  # noqa: E731
+    calls = {m: lambda m=m: cb.solve(conv, bn, x, method=m) for m in ("auto", "direct", "gmres", "block_gmres")}
+    calls["no preconditioner"] = lambda: cb.solve(conv, bn, x, method="gmres", preconditioner="none")
+    calls["fft"] = lambda: cb.solve(circular, bn, x, method="fft")
+    calls["lsq"] = lambda: cb.solve(wide, wide_bn, wide_bn(wide(z)).detach(), method="lsq")
+    calls["batch"] = lambda: cb.solve(conv, bn, x, stats="batch")
+    calls["invert"] = lambda: cb.invert(conv, bn, x.clone().requires_grad_()).sum().backward()
+    calls["operator"] = lambda: (op.to_sparse(), op.symbol_cond(), op.matvec(z[0].flatten()))
+    calls["errors"] = lambda: cb.errors(z, z, x, conv, bn)
+    calls["cb.gmres"] = lambda: cb.gmres(A, x[0].flatten())
+    for memory, act in (("save", "relu"), ("chain", "relu"), ("recompute", "silu"), ("invert", "identity")):
+        layer = training(memory, act)
+        calls[memory] = lambda layer=layer: layer(z.clone().requires_grad_()).sum().backward()
+    calls["fold"] = lambda: cb.fold(conv, bn)
+    calls["fuse"] = lambda: cb.fuse(nn.Sequential(conv, bn, nn.ReLU()))(z)
+    return calls
+
+
+def test_tensors_may_lie_on_another_device_than_the_default_one(device):
+    """With "meta" as torch's default, a tensor that is made without a device has no values, and the call fails."""
+    conv, bn, z, x = trained_layer((2, 6, 6), 3, seed=7)
+    calls = everything_on(*(t.to(device) for t in (conv, bn, x, z)))
+    torch.set_default_device("meta")
+    try:
+        for call in calls.values():
+            call()
+    finally:
+        torch.set_default_device("cpu")
+
+
 def reference_layer(device):
     torch.manual_seed(5)
     conv = nn.Conv2d(2, 2, 3, padding=1).double().to(device)

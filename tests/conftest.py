@@ -1,4 +1,8 @@
-"""Where tests run: a test that takes ``device`` runs on the CPU and, where there is one, on a GPU (mark ``cuda``)."""
+"""Where tests run: on the CPU and, where there is one, on a GPU (mark ``cuda``).
+
+A test that takes ``device`` runs on both. The files of ON_DEFAULT_DEVICE name no device at all: on a GPU they run a
+second time with the GPU as torch's default device. Without one this second run is one line of the summary.
+"""
 
 import os
 from pathlib import Path
@@ -14,9 +18,37 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 
+ON_DEFAULT_DEVICE = {
+    *("test_conv_bn", "test_conv_bn_arguments", "test_conv_bn_training", "test_modules", "test_normalize"),
+    *("test_fold", "test_fuse", "test_fuse_adjacent", "test_transforms", "test_golden"),
+    *("test_solve", "test_methods", "test_invert", "test_progress", "test_receptive_field"),
+}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+waiting_for_a_gpu: set[str] = set()
+
+
+@pytest.fixture(scope="module")
+def default_device(request):
+    """torch's default device."""
+    torch.set_default_device(request.param)
+    yield
+    torch.set_default_device("cpu")
+
+
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+        metafunc.parametrize("device", DEVICES)
+    elif metafunc.module.__name__ in ON_DEFAULT_DEVICE and not metafunc.definition.get_closest_marker("cuda"):
+        if torch.cuda.is_available():
+            metafunc.fixturenames.append("default_device")
+            metafunc.parametrize("default_device", DEVICES, indirect=True)
+        else:
+            waiting_for_a_gpu.add(metafunc.definition.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if waiting_for_a_gpu:
+        terminalreporter.write_line(f"no GPU here: {len(waiting_for_a_gpu)} tests would run on it, too")
 
 
 def pytest_collection_modifyitems(items):

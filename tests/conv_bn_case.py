@@ -42,7 +42,8 @@ class Case:
 
     def __init__(self, shape, weight, *, training=True, activation="identity", residual=False, bias=False, **geometry):
         g = torch.Generator().manual_seed(hash((shape, weight)) % 2**31)
-        randn = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)  # noqa: E731
+        here = torch.get_default_device()
+        randn = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64, device="cpu").to(here)  # noqa: E731
         channels = weight[0]
         self.training, self.activation, self.geometry = training, activation, geometry
         # multiples of 2⁻⁷ in a small range: the same numbers in every dtype

@@ -1,6 +1,6 @@
 """Whole networks, 3×32×32, batch 128: training step of ResNet-18 and of a depthwise-separable network, and memory.
 
-    python bench/bench_networks.py [--quick] [--dtype float32] [--compile]
+    python bench/bench_networks.py [--quick] [--dtype float32] [--compile] [--device cuda]
 
 Ours in every memory mode against eager torch and torch.compile: ms per step (forward, loss, backward, SGD), bytes that
 wait for the backward pass, and the largest relative difference of the losses over --steps steps; eager torch on
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import environment, interleave, write_csv
+from harness import add_device_argument, environment, interleave, write_csv
 from torch import Tensor, nn
 
 import convbn_ext as cb
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too (slow to warm up)")
     parser.add_argument("--quick", action="store_true", help="batch 32, five seconds, five steps")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    add_device_argument(parser)
     args = parser.parse_args()
     batch, seconds, steps = (32, 5.0, 5) if args.quick else (args.batch, args.seconds, args.steps)
     rows: list[dict[str, object]] = []

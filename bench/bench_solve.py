@@ -1,13 +1,14 @@
 """x = BN(Conv(z)) solved for z: ours against SciPy's LU and GMRES, dense LU and PETSc, all to one true residual.
 
     python bench/bench_solve.py [--quick] [--only cases arnoldi scaling] [--dtype float32] [--shape 3x8x8 …]
-                                [--skip "ours block" …] [--add] [--out out/bench]
+                                [--skip "ours block" …] [--add] [--device cuda] [--out out/bench]
 
 Set-up is what the weights alone need: factorising, or inverting the symbol; ours starts from an empty cache. SciPy,
 PETSc and torch get the matrix of A as a gift: assembling it is not timed. A float32 layer is solved by them in float32
 where that reaches the tolerance and in float64 otherwise (column "inside"). Where a method works sample by sample and
 the batch is large, a few samples are timed and the rest is extrapolated (column "samples"). PETSc takes part where
-petsc4py can be imported (petsc_peer.py says how).
+petsc4py can be imported (petsc_peer.py says how). With --device cuda ours and dense LU work there, the
+others, and the loop alone, on the host.
 
 Writes solve.csv, solve.png and solve_scaling.png into --out; the last lines are a table of the ratios to the peers.
 With --add, parts and cases may be measured in several runs.
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse.linalg as sla
 import torch
-from harness import environment, interleave, write_csv
+from harness import add_device_argument, environment, interleave, write_csv
 from petsc_peer import PETSc, petsc_solver
 from problem import Problem
 from solve_report import OURS, PHASES, RTOL, draw, ratios, unless_measured_again
@@ -85,10 +86,8 @@ def scipy_lu(p: Problem, inside: torch.dtype) -> Provider:
 
 
 def dense_lu(p: Problem, inside: torch.dtype) -> Provider:
-    A = torch.from_numpy(p.matrix(inside).toarray())
-    return Provider(
-        lambda: torch.linalg.lu_factor(A), lambda lu: torch.linalg.lu_solve(*lu, p.rhs(inside).T).T, len(p.x), inside
-    )
+    A, b = (t.to(p.x.device) for t in (torch.from_numpy(p.matrix(inside).toarray()), p.rhs(inside).T))
+    return Provider(lambda: torch.linalg.lu_factor(A), lambda lu: torch.linalg.lu_solve(*lu, b).T, len(p.x), inside)
 
 
 def few(p: Problem) -> int:
@@ -99,15 +98,15 @@ def few(p: Problem) -> int:
 def circulant(p: Problem, inside: torch.dtype) -> Any:
     """Our preconditioner behind Γ⁻¹, as a function of NumPy vectors (n,)."""
     cache.forget()
-    M, _ = circulant_inverse(p.op, inside)
-    divide_out = p.op.channel_vector(1 / p.op.scale).to(inside)
+    M, _ = circulant_inverse(p.host_op, inside)
+    divide_out = p.host_op.channel_vector(1 / p.host_op.scale).to(inside)
     return lambda v: M.apply((torch.from_numpy(v) * divide_out)[None])[0].numpy()
 
 
 def scipy_gmres(p: Problem, inside: torch.dtype) -> Provider:
     """With our circulant preconditioner and n-step restart."""
     A, n, samples = p.matrix(inside), p.op.shape[1], few(p)
-    targets = RTOL / 2 * p.x.double().flatten(1).norm(dim=1)  # half is left for rounding
+    targets = RTOL / 2 * p.x.double().cpu().flatten(1).norm(dim=1)  # half is left for rounding
 
     def solve(M: Any) -> Tensor:
         M = sla.LinearOperator((n, n), matvec=M, dtype=A.dtype)
@@ -312,6 +311,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small cases, three rounds each")
     parser.add_argument("--add", action="store_true", help="to what is in solve.csv already")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    add_device_argument(parser)
     args = parser.parse_args()
     seconds, least = (0.5, 3) if args.quick else (args.seconds, 5)
     rows: list[dict] = []
@@ -321,7 +321,7 @@ def main() -> None:
                 continue
             rows += measure_case(shape, batch, getattr(torch, dtype), args.skip, seconds, least)
     loop_shape = (3, 16, 16) if args.quick else (3, 32, 32)
-    if "arnoldi" in args.only:
+    if "arnoldi" in args.only and args.device == "cpu":
         rows += measure_arnoldi(loop_shape, 100 if args.quick else 300, seconds, least)
     if "scaling" in args.only:
         batches = [2**i for i in range(5 if args.quick else 9)]

@@ -25,21 +25,22 @@ class Problem:
             self.bn = bn.eval()
             self.x = bn(self.conv(z))
         self.dtype, self.op = dtype, cb.ConvBNOperator(self.conv, self.bn, shape)
-        self.shift = self.op.channel_vector(self.op.offset)
-        conv, bn = (copy.deepcopy(module).double() for module in (self.conv, self.bn))
-        A = cb.ConvBNOperator(conv, bn, shape).to_sparse()
+        conv, bn = (copy.deepcopy(module).cpu() for module in (self.conv, self.bn))
+        self.host_op = cb.ConvBNOperator(conv, bn, shape)  # for peers that know no other device
+        self.shift = self.host_op.channel_vector(self.host_op.offset)
+        A = cb.ConvBNOperator(conv.double(), bn.double(), shape).to_sparse()
         self.csr = scipy.sparse.csr_array((A.values().numpy(), tuple(A.indices().numpy())), shape=A.shape)
 
     def rhs(self, inside: torch.dtype) -> Tensor:
-        """x − b̂ (N, n)."""
-        return (self.x.double().flatten(1) - self.shift).to(inside)
+        """x − b̂ (N, n), on the host."""
+        return (self.x.double().cpu().flatten(1) - self.shift).to(inside)
 
     def matrix(self, inside: torch.dtype) -> scipy.sparse.csr_array:
         return self.csr.astype(np.float32 if inside == torch.float32 else np.float64)
 
     def residual(self, z: Tensor) -> float:
         """Largest ‖x − BN(Conv(z))‖ / ‖x‖ over the samples solved, in float64, of z in the layer's dtype."""
-        z = z.to(self.dtype).double().reshape(len(z), -1)
-        x = self.x[: len(z)].double().flatten(1)
+        z = z.to(self.dtype).double().cpu().reshape(len(z), -1)
+        x = self.x[: len(z)].double().cpu().flatten(1)
         error = x - self.shift - torch.from_numpy((self.csr @ z.numpy().T).T)
         return float((error.norm(dim=1) / x.norm(dim=1)).max())

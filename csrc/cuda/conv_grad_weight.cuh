@@ -5,10 +5,10 @@
 // is put together at the end. A block's tile holds g (rows 0 to 63) and d (64 to 127) of the same 64 channels, times 64
 // columns of X, over a range (split) of pixels. Blocks of the first columns add up Σg and Σg·d while they make g and d,
 // those of the first channels the columns of X.
-// The product sees g' = g − s rounded to its precision, s a guess of mean(g) (float alone: halves are exact as they
-// are); what that takes from the mean is given back: c + a·mean(g − g'). So means that all but cancel in dw cost no
-// digits. depthwise: a block per 64 channels, tap and split, pixels over the rows of threads. All partial results are
-// merged in the order of their splits, in float64.
+// Floats: the product sees g' = g − s in its precision, s a guess of mean(g), and what that takes from the mean is
+// given back: c + a·mean(g − g'). So means that cancel in dw cost no digits. Halves: g is rounded first, s = 0.
+// depthwise: a block per 64 channels, tap and split, pixels over the rows of threads.
+// All partial results are merged in the order of their splits, in float64.
 #pragma once
 #include "bn_reduce.cuh"
 #include "conv_output.cuh"

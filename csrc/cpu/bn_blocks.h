@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <new>
 #include <numeric>
 #include <vector>
 
@@ -37,17 +38,19 @@ class Blocks {
       while (width < 64) width *= 2;
       elements_ = std::max(width, std::max(kBlockElements, kMinBlockRows * channels) / width * width);
     } else {
-      elements_ = std::max(kBlockElements, width);
+      elements_ = kBlockElements;
       planes_ = kLanesMost / std::gcd(S_, kLanesMost);  // whole vectors
       side_by_side_ = planes_ * S_ <= kSideBySideColumns;
     }
     elements_ = std::max<int64_t>(1, std::min(elements_, S_));
+    parameters = width;
     if (side_by_side_) {
-      width = S_;
+      parameters = width = S_;
       while (2 * planes_ * S_ <= kSideBySideColumns) planes_ *= 2;
       planes_ = std::min(planes_, P_);
       samples_ = std::clamp<int64_t>(kBlockElements / (planes_ * S_), 1, std::max<int64_t>(1, N_));
     } else {
+      if (P_ > 1) parameters = 1;
       planes_ = std::clamp<int64_t>(kBlockElements / elements_, 1, P_);
       samples_ = planes_ < P_ ? 1 : std::clamp<int64_t>(kBlockElements / (elements_ * P_), 1, std::max<int64_t>(1, N_));
     }
@@ -55,7 +58,8 @@ class Blocks {
   }
 
   int64_t channels, count;
-  int64_t width = kPlaneWidth;  // columns that a plane's rows have
+  int64_t width = kPlaneWidth;  // columns of sums that a plane has
+  int64_t parameters;           // columns of parameters
   int64_t per_plane = 1;        // channels among them
 
   Block operator[](int64_t i) const {
@@ -79,7 +83,7 @@ class Blocks {
     }
     // more than one plane in a block means whole planes, which follow each other
     for (int64_t n = b.sample; n < b.sample + b.samples; ++n)
-      f((n * P_ + b.plane) * S_ + b.element, Span{b.elements, width, b.planes, width}, b.plane);
+      f((n * P_ + b.plane) * S_ + b.element, Span{b.elements, parameters, b.planes, parameters}, b.plane);
   }
   // f(block) for all blocks, on all threads
   template <class F>
@@ -90,7 +94,7 @@ class Blocks {
   }
   int64_t values(const Block& b) const { return b.samples * b.elements / per_plane; }  // per channel
   int64_t most_channels() const { return planes_ * per_plane; }                        // in one block
-  int64_t most_columns() const { return planes_ * width; }
+  int64_t most_parameters() const { return planes_ * parameters; }
 
  private:
   int64_t N_, P_, S_, samples_, planes_, elements_;
@@ -98,15 +102,30 @@ class Blocks {
   static int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 };
 
+// No vector of the loops crosses a cache line.
+template <class T>
+struct CacheAligned {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  CacheAligned() = default;
+  template <class U>
+  CacheAligned(const CacheAligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  bool operator==(const CacheAligned&) const { return true; }
+};
+template <class T>
+using AlignedVector = std::vector<T, CacheAligned<T>>;
+
 // Per-channel float64 vectors as the loops want them: one value per column.
 template <typename acc>
 class Columns {
  public:
   Columns(const Blocks& blocks, const std::vector<double>& channel)
-      : width_(blocks.width), values_(blocks.channels / blocks.per_plane * blocks.width) {
-    for (size_t i = 0; i < values_.size();)
+      : width_(blocks.parameters), values_(blocks.channels / blocks.per_plane * blocks.parameters) {
+    for (size_t i = 0, plane = 0; i < values_.size(); ++plane)
       if (blocks.per_plane == 1) {
-        const auto value = static_cast<acc>(channel[i / width_]);
+        const auto value = static_cast<acc>(channel[plane]);
         for (int64_t k = 0; k < width_; ++k) values_[i++] = value;
       } else {
         for (int64_t c = 0; c < blocks.channels; ++c) values_[i++] = static_cast<acc>(channel[c]);
@@ -116,7 +135,7 @@ class Columns {
 
  private:
   int64_t width_;
-  std::vector<acc> values_;
+  AlignedVector<acc> values_;
 };
 
 inline std::vector<double> to_vector(const at::Tensor& t) {

@@ -1,10 +1,10 @@
 // Inner loops of batch normalisation on a CPU, compiled once per instruction set (bn_loops_*.cpp) and chosen once.
 //
-// All layouts are one problem: runs of elements, each seen as rows `width` wide (the last row may be cut short), with
-// one set of parameters per column and run.
-//   channels_last (M, C):       one run, width = f·C, f rows side by side, so that narrow or odd C still fill vectors
-//   contiguous (N, C, large S): a run per plane of one channel, width = kPlaneWidth, its columns with equal parameters
-//   contiguous (N, C, small S): one run, a row per sample that holds the planes of some channels, S columns to each
+// Elements are seen as rows `width` wide (the last row may be cut short) with parameters and sums per column, or, where
+// width is 1, as planes with one set of parameters each and kPlaneWidth partial sums:
+//   channels_last (M, C):       width = f·C, f rows side by side, so that narrow or odd C still fill vectors
+//   contiguous (N, C, large S): planes
+//   contiguous (N, C, small S): a row per sample that holds the planes of some channels, S columns to each
 #pragma once
 #include <cstdint>
 
@@ -12,11 +12,11 @@
 
 namespace convbn {
 
-constexpr int64_t kPlaneWidth = 64;
+constexpr int64_t kPlaneWidth = 16;
 
-// `runs` runs that follow each other in memory; run r uses the columns r·width … (r + 1)·width − 1.
+// Rows, or `runs` planes that follow each other in memory.
 struct Span {
-  int64_t elements, width, runs;  // elements of one run
+  int64_t elements, width, runs;  // elements of one run; rows are one run
   int64_t stride;                 // from row to row
 };
 

@@ -2,6 +2,8 @@
 #include "bn_loops.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+#define CONVBN_AVX512
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
                              apply_to = function)

@@ -75,18 +75,19 @@ struct CpuKernels {
     const scalar_t* y_data = data<scalar_t>(y);
     std::vector<double> block_mean(blocks.count * stride), block_m2(blocks.count * stride);
     blocks.parallel_for_each([&](const Blocks::Block& b, int64_t index) {
-      thread_local std::vector<acc> shift, s1, s2;
+      thread_local AlignedVector<acc> shift, s1, s2;
       thread_local std::vector<double> sum, square;
       const int64_t channels = b.planes * blocks.per_plane, columns = b.planes * width;
+      const int64_t parameters = blocks.parameters;
       const double values = static_cast<double>(blocks.values(b));
-      sum.resize(stride), square.resize(stride), shift.resize(blocks.most_columns());
+      sum.resize(stride), square.resize(stride), shift.resize(blocks.most_parameters());
       s1.assign(columns, 0);
       blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t) { loops.sum(y_data + i, span, s1.data()); });
       fold_columns(blocks, b, s1.data(), sum.data());
       for (int64_t p = 0; p < b.planes; ++p)
-        for (int64_t i = 0; i < width; i += blocks.per_plane)
+        for (int64_t i = 0; i < parameters; i += blocks.per_plane)
           for (int64_t c = 0; c < blocks.per_plane; ++c)
-            shift[p * width + i + c] = static_cast<acc>(sum[p * blocks.per_plane + c] / values);
+            shift[p * parameters + i + c] = static_cast<acc>(sum[p * blocks.per_plane + c] / values);
       s1.assign(columns, 0);
       s2.assign(columns, 0);
       blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t) {
@@ -95,7 +96,7 @@ struct CpuKernels {
       fold_columns(blocks, b, s1.data(), sum.data());
       fold_columns(blocks, b, s2.data(), square.data());
       for (int64_t c = 0; c < channels; ++c) {
-        const double start = shift[c / blocks.per_plane * width + c % blocks.per_plane];
+        const double start = shift[c / blocks.per_plane * parameters + c % blocks.per_plane];
         block_mean[index * stride + c] = start + sum[c] / values;
         block_m2[index * stride + c] = square[c] - sum[c] * sum[c] / values;
       }
@@ -178,7 +179,7 @@ struct CpuKernels {
       const auto loop = loops.backward_reduce[static_cast<int>(bn.activation)];
       std::vector<double> block_g(blocks.count * stride), block_gd(blocks.count * stride);
       blocks.parallel_for_each([&](const Blocks::Block& b, int64_t index) {
-        thread_local std::vector<acc> g, gd;
+        thread_local AlignedVector<acc> g, gd;
         g.assign(b.planes * width, 0);
         gd.assign(b.planes * width, 0);
         blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t p) {

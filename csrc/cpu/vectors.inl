@@ -26,13 +26,46 @@ constexpr int kLanes = 64 / sizeof(acc_t<scalar_t>);
 
 // ---- memory: k lanes, the rest are zero; k is the constant kLanes in all but the last step of a row ----
 
+#if defined(CONVBN_AVX512)
+// Masked instructions for the last step; GCC would widen and narrow in halves.
+CONVBN_INLINE __mmask64 first_bytes(int bytes) { return ~__mmask64{0} >> (64 - bytes); }
+template <class bits_t>
+CONVBN_INLINE bits_t load_bits(const void* p, int bytes) {
+  if constexpr (sizeof(bits_t) == 64)
+    return (bits_t)(bytes == 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(first_bytes(bytes), p));
+  else
+    return (bits_t)(bytes == 32 ? _mm256_loadu_si256((const __m256i*)p)
+                                : _mm256_maskz_loadu_epi8(first_bytes(bytes), p));
+}
+CONVBN_INLINE void store_bits(void* p, f32v v, int bytes) {
+  bytes == 64 ? _mm512_storeu_si512(p, (__m512i)v) : _mm512_mask_storeu_epi8(p, first_bytes(bytes), (__m512i)v);
+}
+CONVBN_INLINE void store_bits(void* p, f64v v, int bytes) { store_bits(p, (f32v)v, bytes); }
+CONVBN_INLINE void store_bits(void* p, u16v v, int bytes) {
+  bytes == 32 ? _mm256_storeu_si256((__m256i*)p, (__m256i)v)
+              : _mm256_mask_storeu_epi8(p, first_bytes(bytes), (__m256i)v);
+}
+CONVBN_INLINE u32v widen(u16v v) { return (u32v)_mm512_cvtepu16_epi32((__m256i)v); }
+CONVBN_INLINE u16v narrow(u32v v) { return (u16v)_mm512_cvtepi32_epi16((__m512i)v); }
+#else
+// The binary digits of a number of bytes below 64 as copies of fixed size: no call of memcpy.
+template <int piece>
+CONVBN_INLINE void copy_pieces(char* to, const char* from, int bytes) {
+  if (bytes & piece) {
+    __builtin_memcpy(to, from, piece);
+    to += piece;
+    from += piece;
+  }
+  if constexpr (piece > 2) copy_pieces<piece / 2>(to, from, bytes);
+}
+
 template <class bits_t>
 CONVBN_INLINE bits_t load_bits(const void* p, int bytes) {
   bits_t v{};
   if (bytes == sizeof v)
     __builtin_memcpy(&v, p, sizeof v);
   else
-    __builtin_memcpy(&v, p, bytes);
+    copy_pieces<sizeof v / 2>(reinterpret_cast<char*>(&v), static_cast<const char*>(p), bytes);
   return v;
 }
 template <class bits_t>
@@ -40,7 +73,17 @@ CONVBN_INLINE void store_bits(void* p, bits_t v, int bytes) {
   if (bytes == sizeof v)
     __builtin_memcpy(p, &v, sizeof v);
   else
-    __builtin_memcpy(p, &v, bytes);
+    copy_pieces<sizeof v / 2>(static_cast<char*>(p), reinterpret_cast<const char*>(&v), bytes);
+}
+CONVBN_INLINE u32v widen(u16v v) { return __builtin_convertvector(v, u32v); }
+CONVBN_INLINE u16v narrow(u32v v) { return __builtin_convertvector(v, u16v); }
+#endif
+
+// The first k lanes; the rest are zero.
+template <class V>
+CONVBN_INLINE V first(V v, int k) {
+  for (int i = k; i < int(sizeof v / sizeof v[0]); ++i) v[i] = 0;
+  return v;
 }
 
 CONVBN_INLINE f32v load(const float* p, int k) { return load_bits<f32v>(p, 4 * k); }
@@ -49,18 +92,16 @@ CONVBN_INLINE void store(float* p, f32v v, int k) { store_bits(p, v, 4 * k); }
 CONVBN_INLINE void store(double* p, f64v v, int k) { store_bits(p, v, 8 * k); }
 
 // bfloat16 is the upper half of a float; rounding to nearest even adds the lower half's carry.
-CONVBN_INLINE f32v load(const bf16* p, int k) {
-  return (f32v)(__builtin_convertvector(load_bits<u16v>(p, 2 * k), u32v) << 16);
-}
+CONVBN_INLINE f32v load(const bf16* p, int k) { return (f32v)(widen(load_bits<u16v>(p, 2 * k)) << 16); }
 CONVBN_INLINE void store(bf16* p, f32v v, int k) {
   const u32v w = (u32v)v, rounded = w + 0x7fffu + ((w >> 16) & 1u);
   const u32v kept = v == v ? rounded : (w | 0x400000u);  // a NaN stays one
-  store_bits(p, __builtin_convertvector(kept >> 16, u16v), 2 * k);
+  store_bits(p, narrow(kept >> 16), 2 * k);
 }
 
 // float16: exponent 5 bits with bias 15, so a normal number's bits move by 13 and its exponent by 112.
 CONVBN_INLINE f32v load(const f16* p, int k) {
-  const u32v h = __builtin_convertvector(load_bits<u16v>(p, 2 * k), u32v);
+  const u32v h = widen(load_bits<u16v>(p, 2 * k));
   const u32v magnitude = (h & 0x7fffu) << 13;
   const u32v finite = (u32v)((f32v)magnitude * 0x1p112f);  // subnormals come out right too
   const u32v bits = (h & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : finite;
@@ -72,7 +113,7 @@ CONVBN_INLINE void store(f16* p, f32v v, int k) {
   const u32v subnormal = (u32v)((f32v)a + 0.5f) - 0x3f000000u;  // 0.5's last bit weighs 2⁻²⁴, as float16's does
   const u32v special = a > 0x7f800000u ? (u32v{} + 0x7e00u) : (u32v{} + 0x7c00u);
   const u32v bits = a >= 0x47800000u ? special : a < 0x38800000u ? subnormal : normal;
-  store_bits(p, __builtin_convertvector(bits | sign, u16v), 2 * k);
+  store_bits(p, narrow(bits | sign), 2 * k);
 }
 
 // ---- exp and erf: polynomials fitted at Chebyshev nodes, relative error about 1e-8 before rounding ----

@@ -24,6 +24,12 @@ def parse_activation(activation: str | nn.Module | None) -> Activation:
     Raises:
         ValueError: the activation is not one of identity, relu, leaky_relu, silu, gelu (exact), hardswish.
     """
+    if isinstance(activation, str):
+        if activation in _ACTIVATIONS:
+            return Activation(activation, 0.01 if activation == "leaky_relu" else 0.0)
+        match = re.fullmatch(r"leaky_relu\(([^()]+)\)", activation)
+        if match:
+            return Activation("leaky_relu", float(match.group(1)))
     if activation is None or isinstance(activation, nn.Identity):
         return Activation("identity")
     if isinstance(activation, nn.ReLU):
@@ -36,12 +42,6 @@ def parse_activation(activation: str | nn.Module | None) -> Activation:
         return Activation("gelu")
     if isinstance(activation, nn.Hardswish):
         return Activation("hardswish")
-    if isinstance(activation, str):
-        if activation in _ACTIVATIONS:
-            return Activation(activation, 0.01 if activation == "leaky_relu" else 0.0)
-        match = re.fullmatch(r"leaky_relu\(([^()]+)\)", activation)
-        if match:
-            return Activation("leaky_relu", float(match.group(1)))
     raise ValueError(
         f"conv_bn: activation must be one of {', '.join(_ACTIVATIONS)} or leaky_relu(slope), got {activation!r}"
     )

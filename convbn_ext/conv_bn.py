@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -52,6 +53,19 @@ def expand_geometry(
     else:
         pads = tuple((p, p) for p in _per_axis(padding, "padding", axes))
     return Geometry(tuple(kernel), strides, pads, dilations, groups, padding_mode)
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _operator_geometry(
+    kernel: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int, padding_mode: str
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, str]:
+    """What :func:`expand_geometry` makes of them, as the operators take it; a layer's is formed once."""
+    shape = expand_geometry(kernel, stride, padding, dilation, groups, padding_mode)
+    return shape.stride, tuple(p for pair in shape.padding for p in pair), shape.dilation, groups, padding_mode
+
+
+def _hashable(value: int | str | Sequence[int]) -> int | str | tuple[int, ...]:
+    return value if isinstance(value, int | str) else tuple(value)
 
 
 def _check_tensors(input: Tensor, weight: Tensor, **others: Tensor | None) -> None:
@@ -166,8 +180,11 @@ def conv_bn(
         running_var=running_var,
         residual=residual,
     )
-    shape = expand_geometry(weight.shape[2:], stride, padding, dilation, groups, padding_mode)
-    geometry = (shape.stride, [p for pair in shape.padding for p in pair], shape.dilation, groups, padding_mode)
+    # torch.compile looks behind a cache and warns of it
+    operator_geometry = _operator_geometry.__wrapped__ if torch.compiler.is_compiling() else _operator_geometry
+    geometry = operator_geometry(
+        tuple(weight.shape[2:]), _hashable(stride), _hashable(padding), _hashable(dilation), groups, padding_mode
+    )
     statistic_groups = find_groups(norm, num_groups, weight.shape[0])
     if process_group is None and _wants_torchs_operators():
         y = autograd.convolve(input, weight, *geometry, bias=None if bias is None else bias.to(input.dtype))

@@ -200,6 +200,8 @@ def normalize(
 
 def find_groups(norm: str, num_groups: int | None, channels: int) -> int | None:
     """Groups of channels that each sample has statistics for; None where channels have them over the batch."""
+    if norm == "batch" and num_groups is None:
+        return None
     if norm not in _NORMS:
         raise ValueError(f"conv_bn: norm must be one of {', '.join(_NORMS)}, got {norm!r}")
     if (norm == "group") != (num_groups is not None):

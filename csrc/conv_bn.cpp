@@ -1,5 +1,9 @@
 #include "conv_bn.h"
 
+#include <ATen/Dispatch.h>
+
+#include <cmath>
+
 #include "batch_norm.h"
 
 namespace convbn {
@@ -109,13 +113,57 @@ ConvBnShape ConvBnShape::checked(const Tensor& input, const Tensor& weight, cons
   return shape;
 }
 
+std::vector<double> to_vector(const Tensor& t) {
+  std::vector<double> result(t.numel());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, t.scalar_type(), "to_vector", [&] {
+    const auto* values = t.const_data_ptr<scalar_t>();
+    for (size_t c = 0; c < result.size(); ++c) result[c] = static_cast<double>(values[c * t.stride(0)]);
+  });
+  return result;
+}
+
+namespace {
+
+// The tensor of f(c) in float64, on the CPU: an operator per step would take longer than a small layer.
+template <class F>
+Tensor channelwise(int64_t channels, F f, at::ScalarType type = at::kDouble) {
+  Tensor result = at::empty({channels}, at::kDouble);
+  double* values = result.mutable_data_ptr<double>();
+  for (int64_t c = 0; c < channels; ++c) values[c] = f(c);
+  return type == at::kDouble ? result : result.to(type);
+}
+
+}  // namespace
+
 Tensor bn_scale(const Tensor& var, const OptionalTensor& bn_weight, double eps) {
+  if (var.is_cpu()) {
+    const auto variance = to_vector(var);
+    const auto gamma = bn_weight ? to_vector(*bn_weight) : std::vector<double>(variance.size(), 1.0);
+    return channelwise(var.numel(), [&](int64_t c) { return gamma[c] / std::sqrt(variance[c] + eps); });
+  }
   const Tensor invstd = at::rsqrt(var + eps);
   return bn_weight ? invstd * *bn_weight : invstd;
 }
 
 Tensor bn_shift(const Tensor& mean, const OptionalTensor& bn_bias) {
   return bn_bias ? bn_bias->to(at::kDouble) : at::zeros_like(mean);
+}
+
+BnParameterGradients bn_parameter_gradients(const Tensor& sum_g, const Tensor& sum_gd, const Tensor& scale,
+                                            const Tensor& var, double eps, double count, at::ScalarType weight_type,
+                                            at::ScalarType bias_type) {
+  if (var.is_cpu()) {
+    const auto g = to_vector(sum_g), gd = to_vector(sum_gd), s = to_vector(scale), variance = to_vector(var);
+    const int64_t n = var.numel();
+    return {channelwise(
+                n, [&](int64_t c) { return gd[c] / std::sqrt(variance[c] + eps); }, weight_type),
+            bias_type == at::kDouble ? sum_g : sum_g.to(bias_type),
+            channelwise(n, [&](int64_t c) { return -s[c] * gd[c] / ((variance[c] + eps) * count); }),
+            channelwise(n, [&](int64_t c) { return -s[c] * g[c] / count; })};
+  }
+  const Tensor invstd = at::rsqrt(var + eps);
+  return {(sum_gd * invstd).to(weight_type), sum_g.to(bias_type), scale * invstd * invstd * sum_gd * (-1 / count),
+          scale * sum_g * (-1 / count)};
 }
 
 Tensor like_layout(const Tensor& tensor, const Tensor& y) {

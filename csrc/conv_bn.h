@@ -15,6 +15,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "activation.h"
 #include "convolution.h"
@@ -86,6 +87,14 @@ concept HasConvolution = requires { &Kernels::own_convolution; };
 
 at::Tensor bn_scale(const at::Tensor& var, const OptionalTensor& bn_weight, double eps);
 at::Tensor bn_shift(const at::Tensor& mean, const OptionalTensor& bn_bias);
+// dγ, dβ and the coefficients of dy = s·g + b·(y − μ) + c with batch statistics over `count` values.
+struct BnParameterGradients {
+  at::Tensor weight, bias, b, c;
+};
+BnParameterGradients bn_parameter_gradients(const at::Tensor& sum_g, const at::Tensor& sum_gd, const at::Tensor& scale,
+                                            const at::Tensor& var, double eps, double count, at::ScalarType weight_type,
+                                            at::ScalarType bias_type);
+std::vector<double> to_vector(const at::Tensor& t);                     // (C,) of any floating type, on the CPU
 at::Tensor like_layout(const at::Tensor& tensor, const at::Tensor& y);  // tensor with y's strides
 at::Tensor dense(const at::Tensor& y);                                  // y, contiguous or channels_last
 void check_invertible(const ConvBnOptions& options, const at::Tensor& scale);
@@ -214,7 +223,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
 
   const at::Tensor none = at::empty({0}, input.options());
   at::Tensor grad_input = none, grad_weight = none, grad_bn_weight = none, grad_bn_bias = none, grad_residual = none;
-  const at::Tensor invstd = at::rsqrt(var + eps);
   const bool needs_convolution = needs_input || needs_weight;
   bool own = false, own_weight = false;  // convolution: any of its gradients, that of the weight
   if constexpr (HasConvolution<Kernels>) {
@@ -225,24 +233,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
       if (g.defined()) grad_residual = g;
     }
   }
-  at::Tensor sum_g, sum_gd, products;
+  at::Tensor products;
+  BnParameterGradients parameters;
   if (needs_bn_weight || needs_bn_bias || (training && needs_convolution) || own_weight) {
+    at::Tensor sum_g, sum_gd;
     if constexpr (HasConvolution<Kernels>) {
       if (own_weight)
         std::tie(sum_g, sum_gd, products) = Kernels::backward_reduce_products(bn, input, weight, options.geometry);
     }
     if (!own_weight) std::tie(sum_g, sum_gd) = Kernels::backward_reduce(bn);
-    if (needs_bn_weight) grad_bn_weight = (sum_gd * invstd).to(bn_weight->scalar_type());
-    if (needs_bn_bias)
-      grad_bn_bias = sum_g.to(bn_bias ? bn_bias->scalar_type() : at::toOpMathType(input.scalar_type()));
+    const auto wide = at::toOpMathType(input.scalar_type());
+    // dy = s·g − (s/m)·(Σg + (y − μ)·invstd²·Σg(y − μ))
+    parameters =
+        bn_parameter_gradients(sum_g, sum_gd, bn.scale, var, eps, static_cast<double>(bn.y.numel()) / mean.numel(),
+                               bn_weight ? bn_weight->scalar_type() : wide, bn_bias ? bn_bias->scalar_type() : wide);
+    if (needs_bn_weight) grad_bn_weight = parameters.weight;
+    if (needs_bn_bias) grad_bn_bias = parameters.bias;
   }
   if (needs_convolution || needs_residual) {
-    at::Tensor b = at::zeros_like(mean), c = b;
-    if (training) {  // dy = s·g − (s/m)·(Σg + (y − μ)·invstd²·Σg(y − μ))
-      const double m = static_cast<double>(bn.y.numel()) / mean.numel();
-      b = bn.scale * invstd * invstd * sum_gd * (-1 / m);
-      c = bn.scale * sum_g * (-1 / m);
-    }
+    at::Tensor &b = parameters.b, &c = parameters.c;
+    if (!training || !b.defined()) b = c = at::zeros_like(mean);
     if constexpr (HasConvolution<Kernels>) {
       if (own) {
         const auto [dx, dw] =

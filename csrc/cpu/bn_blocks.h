@@ -9,6 +9,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../conv_bn.h"
 #include "bn_loops.h"
 
 namespace convbn {
@@ -137,11 +138,6 @@ class Columns {
   int64_t width_;
   AlignedVector<acc> values_;
 };
-
-inline std::vector<double> to_vector(const at::Tensor& t) {
-  const at::Tensor d = t.to(at::kDouble).contiguous();
-  return {d.const_data_ptr<double>(), d.const_data_ptr<double>() + d.numel()};
-}
 
 // The mean rounded to the arithmetic of the loops, and what the rounding left: y − μ = (y − rounded) + rest.
 // With mean ≫ std the rest matters, and it is free: it goes into the additive parameter of each formula.

@@ -1,5 +1,7 @@
 """The loops that GPUs take, device_gmres and device_block_gmres, on the CPU's verbs: same results as the host's."""
 
+from collections import Counter
+
 import pytest
 import torch
 from systems import SOLVABLE, dense, laplacian, sparse_map
@@ -61,6 +63,25 @@ def test_start_vector_restarts_refinement_and_preconditioner():
     ours, _ = both(op.conv_map, b, x0=torch.randn_like(b), M=M, rtol=1e-11, restart=30, inner_dtype=torch.float32)
     assert ours.status == ["converged"] * 3
     assert ours.cycles > 1
+
+
+@pytest.mark.parametrize("solver", [_C.device_gmres, _C.device_block_gmres])
+def test_a_step_reads_nothing_back_but_the_lookout(solver):
+    """What would make a host wait for a GPU, counted over eight more steps of one cycle.
+
+    One value per step is read: by the Lookout, which on a GPU asks an event and never waits.
+    """
+    A = _C.DenseMap(dense(SOLVABLE["nonsymmetric"]))
+    b = torch.randn(3, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    calls = []
+    for steps in (8, 16):
+        with torch.profiler.profile() as profile:
+            result = solver(A, b, rtol=0.0, restart=60, maxiter=steps)
+        assert result.iterations == [steps] * 3
+        assert result.cycles == 1
+        calls.append(Counter(e.name for e in profile.events()))
+    waits = ["aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::unique"]
+    assert [calls[1][name] - calls[0][name] for name in waits] == [8, 0, 0, 0, 0]
 
 
 def test_what_needs_the_host_is_refused():

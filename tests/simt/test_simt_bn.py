@@ -106,13 +106,13 @@ def tensors(shape, dtype, mean=0.0, seed=0):
 
 
 def run_everything(case):
-    """All five kernels of one layer; logical results by name, and the traffic by launcher."""
-    sim, results, traffic = case.sim, {}, {}
+    """All five kernels of one layer; logical results by name, traffic and footprints by launcher."""
+    sim, results, traffic, footprints = case.sim, {}, {}, {}
 
     def run(name, problem, *more):
         sim.run(name, *problem, *more)
         assert not (reports := sim.reports()), reports
-        traffic[name] = sim.traffic()
+        traffic[name], footprints[name] = sim.traffic(), sim.footprints()
 
     vector = (case.y.shape[1],)
     parameters = {"mean": case.mean, "scale": case.scale, "bias": case.bias}
@@ -148,7 +148,7 @@ def run_everything(case):
         run("bn_invert", problem, y)
         results["inverse"] = case.logical(y.read())
     sim.close()
-    return results, traffic
+    return results, traffic, footprints
 
 
 def expected(case, dtype):
@@ -216,7 +216,7 @@ def test_every_activation(sim, activation, channels_last, dtype):
 @pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
 def test_misaligned_tensors_go_scalar_by_scalar(sim, channels_last, dtype):
     case = Case(sim, tensors((2, 8, 4, 4), dtype), channels_last, offset=dtype.itemsize)
-    results, traffic = run_everything(case)
+    results, traffic, _ = run_everything(case)
     check(case, results)
     for row in traffic["bn_apply"]:
         if row.region in ("y", "out_"):

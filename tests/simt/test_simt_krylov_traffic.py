@@ -14,7 +14,9 @@ from convbn_ext import _C
 pytestmark = pytest.mark.skipif("instrumented" not in harness.BUILDS, reason="the instrumented build counts traffic")
 
 DTYPES = [torch.float32, torch.float64]
-VECTORS = ("V0", "V1", "w", "x", "out", "r", "u", "far")
+# What stays in L1 while a block runs: chunks' partial sums, 8 bytes for 1024 entries of a vector, and the weights, of
+# which the lanes of a warp want neighbouring output channels'.
+SMALL = {"scratch": 1.25, "weight": 1.35}
 
 
 def counted(run):
@@ -32,12 +34,11 @@ def counted(run):
 
 
 def check(table, title, capsys):
-    """Vectors and shared memory within 1.10 of the ideal; the table is printed."""
+    """Everything within 1.10 of the ideal but for the SMALL; the table is printed."""
     lines = []
     for (kernel, region, space, mode), (moved, ideal) in sorted(table.items()):
         lines.append(f"{kernel:28} {region:12} {space:6} {mode:5} {moved:7} {ideal:7} {moved / ideal:5.2f}")
-        if region in VECTORS or space == "shared":
-            assert moved <= 1.10 * ideal, lines[-1]
+        assert moved <= SMALL.get(region, 1.10) * ideal, lines[-1]
     with capsys.disabled():
         print(f"\n{title}: sectors or bank passes, ideal, ratio")
         print("\n".join(lines))

@@ -10,14 +10,19 @@ from test_simt_bn import Case, run_everything, tensors
 pytestmark = pytest.mark.skipif("instrumented" not in harness.BUILDS, reason="the instrumented build counts traffic")
 
 TENSORS = ("y", "grad", "residual", "out_", "grad_y", "grad_residual")
+PARAMETERS = ("mean", "scale", "bias", "a", "b", "c")  # per channel, float64
 FORWARD, BACKWARD = ("bn_statistics", "bn_apply"), ("bn_backward_reduce", "bn_backward_apply")
 
 
-def traffic_of(shape, dtype, channels_last, activation="relu"):
+def traffic_and_footprints(shape, dtype, channels_last):
     sim = harness.simulator("instrumented")
     sim.schedule("ascending")
-    sim.traffic()
-    return run_everything(Case(sim, tensors(shape, dtype), channels_last, activation))[1]
+    sim.traffic(), sim.footprints()
+    return run_everything(Case(sim, tensors(shape, dtype), channels_last, "relu"))[1:]
+
+
+def traffic_of(shape, dtype, channels_last):
+    return traffic_and_footprints(shape, dtype, channels_last)[0]
 
 
 def passes(traffic, kernels, tensor_bytes):
@@ -39,8 +44,16 @@ def test_three_passes_forward_and_five_backward(dtype, channels_last):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels_last", [True, False], ids=["NHWC", "NCHW"])
 def test_sectors_and_banks_are_near_the_ideal(dtype, channels_last, capsys):
-    """On tile-aligned shapes ≤ 1.10; the float32 table of every kernel and region is printed."""
-    traffic = traffic_of((3, 64, 8, 8), dtype, channels_last)
+    """On tile-aligned shapes ≤ 1.10; the float32 table of every kernel and region is printed.
+
+    A thread of channels_last reads the parameters of its pack one by one, once, before it walks down the rows: up to
+    V times the sectors, the repeats out of L1, since a launch touches no more sectors than the parameters have. It
+    writes its partial sums, a thousandth of the traffic of a large tensor, one by one too.
+    """
+    traffic, footprints = traffic_and_footprints((3, 64, 8, 8), dtype, channels_last)
+    touched = {key: sectors for found in footprints.values() for key, sectors in found.items() if key[1] in PARAMETERS}
+    assert touched
+    assert set(touched.values()) == {64 * 8 // 32}
     lines = []
     for rows in traffic.values():
         total = defaultdict(lambda: [0, 0])
@@ -50,8 +63,12 @@ def test_sectors_and_banks_are_near_the_ideal(dtype, channels_last, capsys):
             total[key][1] += row.ideal
         for (kernel, region, space, mode), (moved, ideal) in total.items():
             lines.append(f"{kernel:28} {region:12} {space:6} {mode:5} {moved:7} {ideal:7} {moved / ideal:5.2f}")
-            if region in TENSORS or space == "shared":
-                assert moved <= 1.10 * ideal, lines[-1]
+            allowed = 1.10
+            if channels_last and region in PARAMETERS:
+                allowed = 16 // dtype.itemsize
+            if channels_last and region == "scratch":
+                allowed = 4.0
+            assert moved <= allowed * ideal, lines[-1]
     if dtype != torch.float32:
         return
     with capsys.disabled():

@@ -19,11 +19,15 @@ from .normalize import Normalisation, find_groups, normalize, update_running
 _MEMORY = ("save", "chain", "recompute", "invert")
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) or hasattr(value, "__index__")  # NumPy's integers too
+
+
 def _per_axis(value: int | Sequence[int], name: str, axes: int) -> tuple[int, ...]:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    values: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value,) * axes
     if len(values) == 1 and axes > 1:
         values = values * axes
-    if len(values) != axes:
+    if len(values) != axes or not all(map(_is_int, values)):
         raise ValueError(f"conv_bn: {name} must be an int or {axes} ints, got {value!r}")
     return values
 
@@ -64,8 +68,8 @@ def _operator_geometry(
     return shape.stride, tuple(p for pair in shape.padding for p in pair), shape.dilation, groups, padding_mode
 
 
-def _hashable(value: int | str | Sequence[int]) -> int | str | tuple[int, ...]:
-    return value if isinstance(value, int | str) else tuple(value)
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_tensors(input: Tensor, weight: Tensor, **others: Tensor | None) -> None:

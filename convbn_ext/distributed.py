@@ -71,7 +71,7 @@ def solve_sharded(conv: Any, bn: Any, x: Tensor, *, process_group: Any = None, *
     parts = torch.arange(len(x), device="cpu").tensor_split(dist.get_world_size(group))
     mine = parts[dist.get_rank(group)]
     count = len(mine)
-    some = mine if count else torch.arange(min(len(x), 1))  # without a part of its own: for method and shape of z alone
+    some = mine if count else parts[0][:1]  # without a part of its own: for method and shape of z alone
     if options.get("x0") is not None:
         options["x0"] = options["x0"][some]
     result = solve(conv, bn, x[some], **options)

@@ -1,10 +1,9 @@
 """Block GMRES whose orthonormalisation runs on simulated kernels, against the CPU's block GMRES: every status."""
 
-import harness
 import pytest
 import torch
 from simulated_ops import simulated
-from test_simt_gmres import DTYPES, layer, pathological, right_hand_sides
+from test_simt_gmres import DTYPES, agree_bit_for_bit, cyclic_shift, layer, pathological, right_hand_sides
 
 from convbn_ext import _C
 from convbn_ext.preconditioners import circulant_inverse
@@ -62,20 +61,8 @@ def test_statuses_are_those_of_the_cpu(sim):
     dependent = torch.stack([b[0], 1e20 * b[0], b[1] - b[0]])
     assert compare(sim, op.map, dependent, rtol=1e-9)[0].status == ["converged"] * 3
     assert compare(sim, op.map, b, rtol=1e-9, maxiter=2)[0].status == ["maxiter"] * 2
-    shift = torch.zeros(1, 1, 3, dtype=torch.float64)
-    shift[0, 0, 0] = 1
-    A = _C.ConvMap(shift, [1], [1, 1], [1], 1, "circular", [24])
-    assert compare(sim, A, torch.eye(24, dtype=torch.float64)[:1], restart=5)[0].status == ["stagnation"]
+    assert compare(sim, *cyclic_shift(), restart=5)[0].status == ["stagnation"]
 
 
 def test_schedules_agree_bit_for_bit(sim):
-    op = layer((2, 4, 5), kernel_size=3, padding=1)
-    b = right_hand_sides(40, 3, torch.float32)
-    results = []
-    for order in harness.ORDERS:
-        sim.schedule(order)
-        with simulated(sim, cycle=False):
-            results.append(_C.device_block_gmres(op.map, b, rtol=0.0, maxiter=5))
-    for other in results[1:]:
-        assert torch.equal(other.x, results[0].x)
-        assert other.history == results[0].history
+    agree_bit_for_bit(sim, _C.device_block_gmres, cycle=False, maxiter=5)

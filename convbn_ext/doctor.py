@@ -108,6 +108,7 @@ def _build_info() -> Any:
 def _extension_facts(report: Report, torch: Any, build: Any) -> None:
     extension: Any = importlib.import_module("convbn_ext._C")
     report.facts["extension"] = f"{extension.__file__}, compiled by {getattr(extension, 'compiler', 'unknown')}"
+    report.facts["AMX"] = "used for bfloat16" if extension.amx_available() else "not available, or not allowed"
     built = list(getattr(build, "CUDA_ARCHITECTURES", ()))
     report.facts["CUDA architectures"] = ", ".join(built) or "none: built for the CPU alone"
     if not torch.cuda.is_available():

@@ -1,5 +1,7 @@
 #include "convolution.h"
 
+#include "cpu/conv_grad_weight_cpu.h"
+
 namespace convbn {
 
 using at::IntArrayRef;
@@ -127,10 +129,16 @@ std::tuple<Tensor, Tensor> convolve_backward(const Tensor& grad_output, const Te
   Tensor x = input;
   if (padded)  // grad_input alone needs the padded input's sizes, not its values
     x = needs_weight ? pad(input, g) : grad_output.new_empty({1}).expand(g.padded_sizes(input.sizes()));
+  ConvGeometry unpadded = g;
+  if (padded) unpadded.padding.assign(2 * g.axes(), 0);
+  const bool own_weight = needs_weight && takes_grad_weight_amx(grad_output, x, weight, unpadded);
   const std::vector<int64_t> zero(g.axes(), 0);
-  auto [grad_input, grad_weight, grad_bias] =
-      at::convolution_backward(grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g),
-                               g.dilation, /*transposed=*/false, zero, g.groups, {needs_input, needs_weight, false});
+  Tensor grad_input, grad_weight;
+  if (needs_input || !own_weight)
+    std::tie(grad_input, grad_weight, std::ignore) = at::convolution_backward(
+        grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g), g.dilation,
+        /*transposed=*/false, zero, g.groups, {needs_input, needs_weight && !own_weight, false});
+  if (own_weight) grad_weight = grad_weight_amx(grad_output, x, weight.sizes(), unpadded);
   if (padded && needs_input) grad_input = pad_adjoint(grad_input, input.sizes(), g);
   return {grad_input, grad_weight};
 }

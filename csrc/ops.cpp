@@ -2,6 +2,7 @@
 // The backends (cpu/, cuda/) register their own implementations.
 #include <torch/extension.h>
 
+#include "cpu/amx.h"
 #include "cpu/pool.h"
 
 namespace convbn {
@@ -64,6 +65,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
   m.attr("compiler") = "GCC " __VERSION__;
 #endif
+  m.def("amx_available", &convbn::amx_available);
   m.def("pool_bytes", &convbn::pool_bytes);
   m.def("release_memory", &convbn::pool_release);
   convbn::bind_linear_maps(m);

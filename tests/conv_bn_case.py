@@ -67,7 +67,7 @@ class Case:
             if t is None:
                 return None
             t = t.to(dtype)
-            if name in ("input", "residual") and t.dim() == 4:
+            if name in ("input", "residual") and t.dim() == (5 if memory_format == torch.channels_last_3d else 4):
                 t = t.contiguous(memory_format=memory_format)
             return t.clone().requires_grad_()
 

@@ -14,7 +14,8 @@ from convbn_ext.cli import main
 def test_doctor_reports_this_installation(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    for words in (torch.__version__, torch.backends.cpu.get_cpu_capability(), "OpenMP runtimes", "CUDA architectures"):
+    isa = torch.backends.cpu.get_cpu_capability()
+    for words in (torch.__version__, isa, "OpenMP runtimes", "AMX", "CUDA architectures"):
         assert words in printed
 
 

@@ -1,0 +1,181 @@
+#include "amx.h"
+
+#include <ATen/Version.h>
+#include <ATen/cpu/Utils.h>
+
+#include <string>
+
+#if defined(__x86_64__) && __has_include(<amxbf16intrin.h>)
+#include <cpuid.h>
+#include <immintrin.h>
+
+namespace convbn {
+
+bool amx_available() {
+  static const bool available = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+    const bool cpu = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tile);
+    return cpu && std::string(at::get_cpu_capability()).starts_with("AVX512") && at::cpu::init_amx();
+  }();
+  return available;
+}
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16")
+#endif
+
+namespace {
+
+// All eight tiles 16 rows of 64 bytes, while one of these lives.
+struct Tiles {
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// Two rows of up to 32 channels as 32 pairs (a, b).
+struct Interleave {
+  __m512i low, high;
+  Interleave() {
+    alignas(64) uint16_t index[2][32];
+    for (int i = 0; i < 32; ++i)
+      for (int half = 0; half < 2; ++half) index[half][i] = static_cast<uint16_t>(16 * half + i / 2 + i % 2 * 32);
+    low = _mm512_load_si512(index[0]), high = _mm512_load_si512(index[1]);
+  }
+  void operator()(const uint16_t* a, const uint16_t* b, __mmask32 mask, __m512i& first, __m512i& second) const {
+    const __m512i x = _mm512_maskz_loadu_epi16(mask, a), y = _mm512_maskz_loadu_epi16(mask, b);
+    first = _mm512_permutex2var_epi16(x, low, y);
+    second = _mm512_permutex2var_epi16(x, high, y);
+  }
+};
+
+__mmask32 lanes(int64_t left) { return left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1; }
+
+// 16 × 16 words
+void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+      r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
+    }
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 2; ++k) {  // 128-bit quarters: even ones, odd ones
+      t[8 * k + i] = _mm512_shuffle_i32x4(r[8 * k + i], r[8 * k + 4 + i], 0x88);
+      t[8 * k + 4 + i] = _mm512_shuffle_i32x4(r[8 * k + i], r[8 * k + 4 + i], 0xdd);
+    }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+  }
+}
+
+// [channels / 16][pairs][16] pairs of positions
+void pack_pairs(const uint16_t* const* rows, int64_t pairs, int64_t channels, uint32_t* out) {
+  const Interleave interleave;
+  for (int64_t q = 0; q < pairs; ++q)
+    for (int64_t c = 0; c < channels; c += 32) {
+      __m512i first, second;
+      interleave(rows[2 * q] + c, rows[2 * q + 1] + c, lanes(channels - c), first, second);
+      _mm512_store_si512(out + c * pairs + 16 * q, first);
+      _mm512_store_si512(out + (c + 16) * pairs + 16 * q, second);
+    }
+}
+
+// [channels][pitch]
+void pack_transposed(const uint16_t* const* rows, int64_t positions, int64_t channels, uint16_t* out, int64_t pitch) {
+  const Interleave interleave;
+  for (int64_t p = 0; p < positions; p += 32)
+    for (int64_t c = 0; c < channels; c += 32) {
+      __m512i first[16], second[16];
+      for (int i = 0; i < 16; ++i)
+        interleave(rows[p + 2 * i] + c, rows[p + 2 * i + 1] + c, lanes(channels - c), first[i], second[i]);
+      transpose(first), transpose(second);
+      for (int i = 0; i < 16; ++i) {
+        _mm512_storeu_si512(out + (c + i) * pitch + p, first[i]);
+        _mm512_storeu_si512(out + (c + 16 + i) * pitch + p, second[i]);
+      }
+    }
+}
+
+}  // namespace
+
+void amx_grad_weight(const GradWeightChunk& k, float* dw) {
+  const int64_t pairs = k.pairs(), pitch = k.pitch();
+  const int64_t rows = k.padded(k.out_channels), columns = k.padded(k.in_channels), ld = k.taps * columns;
+  pack_transposed(k.dy_rows, k.positions, k.out_channels, k.transposed, pitch);
+  pack_pairs(k.x_rows, pairs, k.in_channels, k.even);
+  if (k.odd) pack_pairs(k.x_rows + 1, pairs, k.in_channels, k.odd);
+  const Tiles tiles;
+  const auto bytes = [](int64_t elements, int size) { return static_cast<int>(elements * size); };
+  for (int64_t row = 0; row < rows; row += kTileChannels)
+    for (int64_t column = 0; column < columns; column += kTileChannels)
+      for (int64_t tap = 0; tap < k.taps; ++tap) {
+        const int64_t shift = k.shifts[tap] + k.lead;
+        const uint32_t* b0 = (shift % 2 ? k.odd : k.even) + column * pairs + shift / 2 * 16;
+        const uint32_t* b1 = b0 + 16 * pairs;
+        const uint16_t *a0 = k.transposed + row * pitch, *a1 = a0 + 16 * pitch;
+        float *c0 = dw + row * ld + tap * columns + column, *c1 = c0 + 16 * ld;
+        _tile_loadd(0, c0, bytes(ld, 4));
+        _tile_loadd(1, c0 + 16, bytes(ld, 4));
+        _tile_loadd(2, c1, bytes(ld, 4));
+        _tile_loadd(3, c1 + 16, bytes(ld, 4));
+        for (int64_t p = 0; p < k.positions; p += kTilePositions) {
+          _tile_loadd(4, a0 + p, bytes(pitch, 2));
+          _tile_loadd(6, b0 + 8 * p, 64);
+          _tile_loadd(7, b1 + 8 * p, 64);
+          _tile_loadd(5, a1 + p, bytes(pitch, 2));
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, c0, bytes(ld, 4));
+        _tile_stored(1, c0 + 16, bytes(ld, 4));
+        _tile_stored(2, c1, bytes(ld, 4));
+        _tile_stored(3, c1 + 16, bytes(ld, 4));
+      }
+}
+
+void amx_sum_slices(const float* parts, int64_t slices, int64_t stride, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = count - i >= 16 ? 0xffff : (1u << (count - i)) - 1;
+    __m512 sum = _mm512_maskz_loadu_ps(mask, parts + i);
+    for (int64_t s = 1; s < slices; ++s) sum += _mm512_maskz_loadu_ps(mask, parts + s * stride + i);
+    _mm256_mask_storeu_epi16(out + i, mask, (__m256i)_mm512_cvtneps_pbh(sum));
+  }
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+}  // namespace convbn
+
+#else
+
+namespace convbn {
+bool amx_available() { return false; }
+void amx_grad_weight(const GradWeightChunk&, float*) {}
+void amx_sum_slices(const float*, int64_t, int64_t, int64_t, uint16_t*) {}
+}  // namespace convbn
+
+#endif

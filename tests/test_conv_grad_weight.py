@@ -1,0 +1,96 @@
+"""The weight's gradient by AMX tiles (csrc/cpu/conv_grad_weight_cpu.cpp) against float64 and torch's own error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conv_bn_case import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+import convbn_ext as cb
+from convbn_ext import _C
+
+pytestmark = pytest.mark.skipif(not _C.amx_available(), reason="this CPU, or ATEN_CPU_CAPABILITY, has no AMX")
+
+# One line per reason: what is special about the shape.
+CASES = {
+    "one chunk": ((2, 32, 8, 8), (32, 32, 3, 3), {"padding": 1}),
+    "several slices of several chunks": ((3, 64, 40, 40), (64, 64, 3, 3), {"padding": 1}),
+    "several groups of output channels": ((2, 32, 9, 9), (320, 32, 3, 3), {"padding": 1}),
+    "many input channels, small chunks": ((4, 1100, 12, 12), (40, 1100, 1, 1), {}),
+    "tails of channels": ((2, 33, 7, 9), (65, 33, 3, 3), {"padding": 1}),
+    "1x1": ((2, 64, 15, 15), (48, 64, 1, 1), {}),
+    "no padding": ((3, 32, 10, 9), (32, 32, 3, 3), {}),
+    "unequal axes": ((2, 40, 9, 13), (72, 40, 3, 5), {"padding": (1, 2)}),
+    "even kernel, output larger than input": ((2, 32, 6, 6), (32, 32, 2, 4), {"padding": (1, 3)}),
+    "dilation": ((2, 32, 12, 9), (32, 32, 3, 3), {"padding": 2, "dilation": 2}),
+    "padding wider than the kernel, an odd shift alone": ((2, 32, 5, 5), (32, 32, 1, 1), {"padding": (2, 1)}),
+    "circular": ((2, 32, 8, 8), (32, 32, 3, 3), {"padding": 1, "padding_mode": "circular"}),
+    "3-d": ((2, 32, 4, 5, 6), (32, 32, 2, 3, 3), {"padding": (1, 1, 0)}),
+}
+
+
+def layout(shape):
+    return torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_accurate_as_torch(name):
+    shape, weight, geometry = CASES[name]
+    Case(shape, weight, **geometry).check(torch.bfloat16, layout(shape))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    two = lambda low, high, what: tuple(data.draw(st.integers(low, high), what) for _ in range(2))  # noqa: E731
+    kernel, dilation, padding = two(1, 4, "kernel"), two(1, 2, "dilation"), two(0, 3, "padding")
+    size = tuple(d * (k - 1) + 2 + e for d, k, e in zip(dilation, kernel, two(0, 9, "extra"), strict=True))
+    c_in, c_out = two(32, 70, "channels")
+    shape = (data.draw(st.integers(1, 5), "batch"), c_in, *size)
+    Case(shape, (c_out, c_in, *kernel), padding=padding, dilation=dilation).check(torch.bfloat16, torch.channels_last)
+
+
+def gradient(case: Case, shape) -> torch.Tensor:
+    out, leaves, _, _ = case.ours(torch.bfloat16, layout(shape))
+    leaves["input"].requires_grad_(False)
+    out.backward(case.grad.bfloat16().contiguous(memory_format=layout(shape)))
+    return leaves["weight"].grad
+
+
+@pytest.mark.parametrize("name", ["several slices of several chunks", "several groups of output channels", "3-d"])
+def test_threads_do_not_change_a_bit(name):
+    shape, weight, geometry = CASES[name]
+    case, threads = Case(shape, weight, **geometry), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(gradient(case, shape))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("takes", "shape", "weight", "geometry"),
+    [
+        (True, (2, 32, 8, 8), (32, 32, 3, 3), {}),
+        (False, (2, 32, 8, 8), (32, 32, 3, 3), {"stride": 2}),
+        (False, (2, 64, 8, 8), (64, 32, 3, 3), {"groups": 2}),
+        (False, (2, 16, 8, 8), (32, 16, 3, 3), {}),
+        (False, (1, 32, 4, 700), (32, 32, 3, 3), {"padding": 1}),  # a chunk would be mostly its border
+    ],
+)
+def test_which_layers_take_it(takes, shape, weight, geometry):
+    """Where it is taken, torch's convolution_backward is not called for a gradient of the weight alone."""
+    x = torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last)
+    w = torch.randn(weight).bfloat16().requires_grad_()
+    out = cb.conv_bn(x, w, training=True, **geometry)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        out.sum().backward()
+    calls = [event.name for event in record.events()]
+    assert ("aten::convolution_backward" in calls) != takes

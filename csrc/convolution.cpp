@@ -1,6 +1,6 @@
 #include "convolution.h"
 
-#include "cpu/conv_grad_weight_cpu.h"
+#include "cpu/convolution_amx.h"
 
 namespace convbn {
 
@@ -68,6 +68,13 @@ std::vector<int64_t> library_padding(const ConvGeometry& g) {
   return result;
 }
 
+// What is left of the geometry when pad() has done its work.
+ConvGeometry without_explicit_padding(const ConvGeometry& g) {
+  ConvGeometry result = g;
+  if (g.pads_explicitly()) result.padding.assign(2 * g.axes(), 0);
+  return result;
+}
+
 Tensor pad(const Tensor& x, const ConvGeometry& g) {
   std::vector<int64_t> last_axis_first;
   for (int64_t axis = g.axes() - 1; axis >= 0; --axis) {
@@ -110,6 +117,8 @@ Tensor convolve(const Tensor& input, const Tensor& weight, const ConvGeometry& g
   if (library_is_wrong(input, output_sizes.back()))
     return convolve(input.to(at::kFloat), weight.to(at::kFloat), g).to(input.scalar_type());
   const Tensor x = g.pads_explicitly() ? pad(input, g) : input;
+  const ConvGeometry inner = without_explicit_padding(g);
+  if (takes_convolve_amx(x, weight, x.sizes(), output_sizes, inner)) return convolve_amx(x, weight, inner);
   const std::vector<int64_t> zero(g.axes(), 0);
   return at::convolution(x, weight, {}, g.stride, library_padding(g), g.dilation, /*transposed=*/false, zero, g.groups);
 }
@@ -129,16 +138,18 @@ std::tuple<Tensor, Tensor> convolve_backward(const Tensor& grad_output, const Te
   Tensor x = input;
   if (padded)  // grad_input alone needs the padded input's sizes, not its values
     x = needs_weight ? pad(input, g) : grad_output.new_empty({1}).expand(g.padded_sizes(input.sizes()));
-  ConvGeometry unpadded = g;
-  if (padded) unpadded.padding.assign(2 * g.axes(), 0);
-  const bool own_weight = needs_weight && takes_grad_weight_amx(grad_output, x, weight, unpadded);
+  const ConvGeometry inner = without_explicit_padding(g);
+  const bool own_input = needs_input && takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), inner);
+  const bool own_weight = needs_weight && takes_grad_weight_amx(grad_output, x, weight, inner);
+  const std::array<bool, 3> library{needs_input && !own_input, needs_weight && !own_weight, false};
   const std::vector<int64_t> zero(g.axes(), 0);
   Tensor grad_input, grad_weight;
-  if (needs_input || !own_weight)
-    std::tie(grad_input, grad_weight, std::ignore) = at::convolution_backward(
-        grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g), g.dilation,
-        /*transposed=*/false, zero, g.groups, {needs_input, needs_weight && !own_weight, false});
-  if (own_weight) grad_weight = grad_weight_amx(grad_output, x, weight.sizes(), unpadded);
+  if (library[0] || library[1])
+    std::tie(grad_input, grad_weight, std::ignore) =
+        at::convolution_backward(grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g),
+                                 g.dilation, /*transposed=*/false, zero, g.groups, library);
+  if (own_input) grad_input = grad_input_amx(grad_output, weight, x.sizes(), inner);
+  if (own_weight) grad_weight = grad_weight_amx(grad_output, x, weight.sizes(), inner);
   if (padded && needs_input) grad_input = pad_adjoint(grad_input, input.sizes(), g);
   return {grad_input, grad_weight};
 }

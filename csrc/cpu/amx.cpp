@@ -54,8 +54,9 @@ struct Interleave {
       for (int half = 0; half < 2; ++half) index[half][i] = static_cast<uint16_t>(16 * half + i / 2 + i % 2 * 32);
     low = _mm512_load_si512(index[0]), high = _mm512_load_si512(index[1]);
   }
-  void operator()(const uint16_t* a, const uint16_t* b, __mmask32 mask, __m512i& first, __m512i& second) const {
-    const __m512i x = _mm512_maskz_loadu_epi16(mask, a), y = _mm512_maskz_loadu_epi16(mask, b);
+  void operator()(const uint16_t* a, const uint16_t* b, __mmask32 of_a, __mmask32 of_b, __m512i& first,
+                  __m512i& second) const {
+    const __m512i x = _mm512_maskz_loadu_epi16(of_a, a), y = _mm512_maskz_loadu_epi16(of_b, b);
     first = _mm512_permutex2var_epi16(x, low, y);
     second = _mm512_permutex2var_epi16(x, high, y);
   }
@@ -92,7 +93,8 @@ void pack_pairs(const uint16_t* const* rows, int64_t pairs, int64_t channels, ui
   for (int64_t q = 0; q < pairs; ++q)
     for (int64_t c = 0; c < channels; c += 32) {
       __m512i first, second;
-      interleave(rows[2 * q] + c, rows[2 * q + 1] + c, lanes(channels - c), first, second);
+      const __mmask32 mask = lanes(channels - c);
+      interleave(rows[2 * q] + c, rows[2 * q + 1] + c, mask, mask, first, second);
       _mm512_store_si512(out + c * pairs + 16 * q, first);
       _mm512_store_si512(out + (c + 16) * pairs + 16 * q, second);
     }
@@ -104,8 +106,9 @@ void pack_transposed(const uint16_t* const* rows, int64_t positions, int64_t cha
   for (int64_t p = 0; p < positions; p += 32)
     for (int64_t c = 0; c < channels; c += 32) {
       __m512i first[16], second[16];
+      const __mmask32 mask = lanes(channels - c);
       for (int i = 0; i < 16; ++i)
-        interleave(rows[p + 2 * i] + c, rows[p + 2 * i + 1] + c, lanes(channels - c), first[i], second[i]);
+        interleave(rows[p + 2 * i] + c, rows[p + 2 * i + 1] + c, mask, mask, first[i], second[i]);
       transpose(first), transpose(second);
       for (int i = 0; i < 16; ++i) {
         _mm512_storeu_si512(out + (c + i) * pitch + p, first[i]);
@@ -114,16 +117,95 @@ void pack_transposed(const uint16_t* const* rows, int64_t positions, int64_t cha
     }
 }
 
+int stride_of(int64_t elements, size_t size) { return static_cast<int>(elements * static_cast<int64_t>(size)); }
+
 }  // namespace
+
+int64_t packed_weight_size(int64_t out_channels, int64_t taps, int64_t in_channels) {
+  return padded_channels(out_channels) * taps * padded_channels(in_channels) / 2;
+}
+
+void amx_pack_weight(const uint16_t* weight, int64_t out_channels, int64_t taps, int64_t in_channels, bool adjoint,
+                     int64_t o, uint32_t* packed) {
+  const Interleave interleave;
+  const int64_t row = taps * in_channels;
+  const auto tile = [&](int64_t n, int64_t tap, int64_t k, int64_t inner) {
+    return packed + ((n / 16 * taps + tap) * (padded_channels(inner) / 32) + k / 32) * 256;
+  };
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t i = 0; i < padded_channels(in_channels); i += 32) {
+      // 32 × 32 weights; rows beyond the last are zero
+      const __mmask32 columns = lanes(in_channels - i);
+      const auto source = [&](int64_t r) { return weight + (o + r) * row + tap * in_channels + i; };
+      const auto mask = [&](int64_t r) { return o + r < out_channels ? columns : __mmask32{0}; };
+      if (adjoint) {
+        for (int64_t r = 0; r < 32; r += 2) {
+          __m512i first, second;
+          interleave(source(r), source(r + 1), mask(r), mask(r + 1), first, second);
+          _mm512_store_si512(tile(i, tap, o, out_channels) + 8 * r, first);
+          _mm512_store_si512(tile(i + 16, tap, o, out_channels) + 8 * r, second);
+        }
+      } else {
+        for (int64_t half = 0; half < 32; half += 16) {
+          __m512i words[16];
+          for (int r = 0; r < 16; ++r) words[r] = _mm512_maskz_loadu_epi16(mask(half + r), source(half + r));
+          transpose(words);
+          for (int r = 0; r < 16; ++r) _mm512_store_si512(tile(o + half, tap, i, in_channels) + 16 * r, words[r]);
+        }
+      }
+    }
+}
+
+void amx_convolve(const ConvolveChunk& k) {
+  const int64_t columns = padded_channels(k.in_channels), blocks = columns / 32, tile_column = k.taps * blocks * 256;
+  for (int64_t p = 0; p < k.positions + 2 * k.lead; ++p)
+    for (int64_t c = 0; c < columns; c += 32)
+      _mm512_storeu_si512(k.copy + p * columns + c,
+                          _mm512_maskz_loadu_epi16(lanes(k.in_channels - c), k.x_rows[p] + c));
+  const Tiles tiles;
+  alignas(64) float results[32][32];
+  const int a_stride = stride_of(columns, sizeof(uint16_t)), c_stride = sizeof results[0];
+  for (int64_t o = 0; o < k.out_channels; o += kTileChannels)
+    for (int64_t p = 0; p < k.positions; p += kTilePositions) {
+      const uint32_t *b0 = k.weight + o / 16 * tile_column, *b1 = b0 + tile_column;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t tap = 0; tap < k.taps; ++tap) {
+        const uint16_t* a0 = k.copy + (p + k.lead + k.shifts[tap]) * columns;
+        const uint16_t* a1 = a0 + 16 * columns;
+        for (int64_t block = 0; block < blocks; ++block, a0 += 32, a1 += 32, b0 += 256, b1 += 256) {
+          _tile_loadd(4, a0, a_stride);
+          _tile_loadd(6, b0, 64);
+          _tile_loadd(7, b1, 64);
+          _tile_loadd(5, a1, a_stride);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, results[0], c_stride);
+      _tile_stored(1, results[0] + 16, c_stride);
+      _tile_stored(2, results[16], c_stride);
+      _tile_stored(3, results[16] + 16, c_stride);
+      const __mmask32 mask = lanes(k.out_channels - o);
+      for (int64_t r = 0; r < kTilePositions; ++r)
+        if (uint16_t* const y = k.y_rows[p + r])
+          _mm512_mask_storeu_epi16(
+              y + o, mask, (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(results[r] + 16), _mm512_load_ps(results[r])));
+    }
+}
 
 void amx_grad_weight(const GradWeightChunk& k, float* dw) {
   const int64_t pairs = k.pairs(), pitch = k.pitch();
-  const int64_t rows = k.padded(k.out_channels), columns = k.padded(k.in_channels), ld = k.taps * columns;
+  const int64_t rows = padded_channels(k.out_channels), columns = padded_channels(k.in_channels), ld = k.taps * columns;
   pack_transposed(k.dy_rows, k.positions, k.out_channels, k.transposed, pitch);
   pack_pairs(k.x_rows, pairs, k.in_channels, k.even);
   if (k.odd) pack_pairs(k.x_rows + 1, pairs, k.in_channels, k.odd);
   const Tiles tiles;
-  const auto bytes = [](int64_t elements, int size) { return static_cast<int>(elements * size); };
+  const int a_stride = stride_of(pitch, sizeof(uint16_t)), c_stride = stride_of(ld, sizeof(float));
   for (int64_t row = 0; row < rows; row += kTileChannels)
     for (int64_t column = 0; column < columns; column += kTileChannels)
       for (int64_t tap = 0; tap < k.taps; ++tap) {
@@ -132,24 +214,24 @@ void amx_grad_weight(const GradWeightChunk& k, float* dw) {
         const uint32_t* b1 = b0 + 16 * pairs;
         const uint16_t *a0 = k.transposed + row * pitch, *a1 = a0 + 16 * pitch;
         float *c0 = dw + row * ld + tap * columns + column, *c1 = c0 + 16 * ld;
-        _tile_loadd(0, c0, bytes(ld, 4));
-        _tile_loadd(1, c0 + 16, bytes(ld, 4));
-        _tile_loadd(2, c1, bytes(ld, 4));
-        _tile_loadd(3, c1 + 16, bytes(ld, 4));
+        _tile_loadd(0, c0, c_stride);
+        _tile_loadd(1, c0 + 16, c_stride);
+        _tile_loadd(2, c1, c_stride);
+        _tile_loadd(3, c1 + 16, c_stride);
         for (int64_t p = 0; p < k.positions; p += kTilePositions) {
-          _tile_loadd(4, a0 + p, bytes(pitch, 2));
+          _tile_loadd(4, a0 + p, a_stride);
           _tile_loadd(6, b0 + 8 * p, 64);
           _tile_loadd(7, b1 + 8 * p, 64);
-          _tile_loadd(5, a1 + p, bytes(pitch, 2));
+          _tile_loadd(5, a1 + p, a_stride);
           _tile_dpbf16ps(0, 4, 6);
           _tile_dpbf16ps(1, 4, 7);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(0, c0, bytes(ld, 4));
-        _tile_stored(1, c0 + 16, bytes(ld, 4));
-        _tile_stored(2, c1, bytes(ld, 4));
-        _tile_stored(3, c1 + 16, bytes(ld, 4));
+        _tile_stored(0, c0, c_stride);
+        _tile_stored(1, c0 + 16, c_stride);
+        _tile_stored(2, c1, c_stride);
+        _tile_stored(3, c1 + 16, c_stride);
       }
 }
 
@@ -175,6 +257,9 @@ void amx_sum_slices(const float* parts, int64_t slices, int64_t stride, int64_t 
 namespace convbn {
 bool amx_available() { return false; }
 void amx_grad_weight(const GradWeightChunk&, float*) {}
+int64_t packed_weight_size(int64_t, int64_t, int64_t) { return 0; }
+void amx_pack_weight(const uint16_t*, int64_t, int64_t, int64_t, bool, int64_t, uint32_t*) {}
+void amx_convolve(const ConvolveChunk&) {}
 void amx_sum_slices(const float*, int64_t, int64_t, int64_t, uint16_t*) {}
 }  // namespace convbn
 

@@ -1,4 +1,4 @@
-"""The weight's gradient by AMX tiles (csrc/cpu/conv_grad_weight_cpu.cpp) against float64 and torch's own error."""
+"""bfloat16 convolutions by AMX tiles (csrc/cpu/convolution_amx.cpp) against float64 and torch's own error."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(not _C.amx_available(), reason="this CPU, or ATE
 
 # One line per reason: what is special about the shape.
 CASES = {
+    "small images": ((5, 64, 7, 7), (96, 64, 3, 3), {"padding": 1}),
+    "one position": ((40, 32, 1, 1), (32, 32, 3, 3), {"padding": 1}),
     "one chunk": ((2, 32, 8, 8), (32, 32, 3, 3), {"padding": 1}),
     "several slices of several chunks": ((3, 64, 40, 40), (64, 64, 3, 3), {"padding": 1}),
     "several groups of output channels": ((2, 32, 9, 9), (320, 32, 3, 3), {"padding": 1}),
@@ -53,14 +55,13 @@ def test_any_shape(data):
     Case(shape, (c_out, c_in, *kernel), padding=padding, dilation=dilation).check(torch.bfloat16, torch.channels_last)
 
 
-def gradient(case: Case, shape) -> torch.Tensor:
+def step(case: Case, shape) -> list[torch.Tensor]:
     out, leaves, _, _ = case.ours(torch.bfloat16, layout(shape))
-    leaves["input"].requires_grad_(False)
     out.backward(case.grad.bfloat16().contiguous(memory_format=layout(shape)))
-    return leaves["weight"].grad
+    return [out.detach(), leaves["input"].grad, leaves["weight"].grad]
 
 
-@pytest.mark.parametrize("name", ["several slices of several chunks", "several groups of output channels", "3-d"])
+@pytest.mark.parametrize("name", ["one chunk", "several groups of output channels", "several slices of several chunks"])
 def test_threads_do_not_change_a_bit(name):
     shape, weight, geometry = CASES[name]
     case, threads = Case(shape, weight, **geometry), torch.get_num_threads()
@@ -68,29 +69,37 @@ def test_threads_do_not_change_a_bit(name):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(gradient(case, shape))
+            results.append(step(case, shape))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for one, two, three in zip(*results, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
 
 
 @pytest.mark.parametrize(
-    ("takes", "shape", "weight", "geometry"),
+    ("parts", "shape", "weight", "geometry"),
     [
-        (True, (2, 32, 8, 8), (32, 32, 3, 3), {}),
-        (False, (2, 32, 8, 8), (32, 32, 3, 3), {"stride": 2}),
-        (False, (2, 64, 8, 8), (64, 32, 3, 3), {"groups": 2}),
-        (False, (2, 16, 8, 8), (32, 16, 3, 3), {}),
-        (False, (1, 32, 4, 700), (32, 32, 3, 3), {"padding": 1}),  # a chunk would be mostly its border
+        ("all", (2, 32, 8, 8), (32, 32, 3, 3), {"padding": 1}),
+        ("weight", (2, 32, 12, 12), (32, 32, 3, 3), {"padding": 1}),  # on larger images the library is as fast
+        ("weight", (2, 32, 8, 8), (32, 32, 1, 1), {}),  # a matrix product
+        ("none", (2, 32, 8, 8), (32, 32, 3, 3), {"stride": 2}),
+        ("none", (2, 64, 8, 8), (64, 32, 3, 3), {"groups": 2}),
+        ("none", (2, 16, 8, 8), (32, 16, 3, 3), {}),
+        ("none", (1, 32, 4, 700), (32, 32, 3, 3), {"padding": 1}),  # a chunk would be mostly its border
     ],
 )
-def test_which_layers_take_it(takes, shape, weight, geometry):
-    """Where it is taken, torch's convolution_backward is not called for a gradient of the weight alone."""
-    x = torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last)
-    w = torch.randn(weight).bfloat16().requires_grad_()
-    out = cb.conv_bn(x, w, training=True, **geometry)
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        out.sum().backward()
-    calls = [event.name for event in record.events()]
-    assert ("aten::convolution_backward" in calls) != takes
+def test_which_layers_take_it(parts, shape, weight, geometry):
+    """What is taken does not reach torch's convolution."""
+
+    def called(of: str, needs_input: bool) -> bool:
+        x = torch.randn(shape).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_(needs_input)
+        w = torch.randn(weight).bfloat16().requires_grad_()
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            cb.conv_bn(x, w, training=True, **geometry).sum().backward()
+        return of in [event.name for event in record.events()]
+
+    assert called("aten::convolution_backward", needs_input=False) == (parts == "none")
+    if weight[2:] != (1, 1):
+        assert called("aten::convolution", needs_input=False) == (parts != "all")
+        assert called("aten::convolution_backward", needs_input=True) == (parts != "all")

@@ -1,12 +1,13 @@
-// dw[o, t, i] = Σₚ dy[p, o]·x[p + shift(t), i] over the positions p of all images in one row.
+// y[p, o] = Σ x[p + shift(t), i]·w[o, t, i], its adjoint, and dw[o, t, i] = Σₚ dy[p, o]·x[p + shift(t), i], over the
+// positions p of all images in one row.
 //
 // The images lie on a grid with as many empty cells behind each row (and plane, and image) as the padding is wide; the
 // cells before a row are those behind the last one. So a tap is one shift for all positions, and what falls into an
-// empty cell is zero. Nothing is stored that way: a list says for each position where its channels are.
+// empty cell is zero. A list says for each position where its channels are.
 //
-// The sum is cut into slices of positions and groups of output channels, whose number depends on the shape alone; a
-// unit of work is one of each. A unit goes through its slice chunk by chunk, small enough for the L2 cache.
-#include "conv_grad_weight_cpu.h"
+// Work is cut by the shape alone, into chunks of positions small enough for the L2 cache, times groups of channels. For
+// dw the positions are first cut into slices, whose sums are added at the end, in order.
+#include "convolution_amx.h"
 
 #include <ATen/Parallel.h>
 
@@ -24,6 +25,7 @@ constexpr int64_t kUnits = 32;                 // enough for the threads of most
 constexpr int64_t kGroup = 128;                // output channels; x is packed again for each group
 constexpr int64_t kMostPositions = 640;        // of a chunk: dyᵀ of a tile's channels stays in the L1 cache
 constexpr int64_t kChunkElements = 1 << 19;    // of a chunk's operands
+constexpr int64_t kSmallPlane = 64;            // positions of an image: above, the library is as fast
 constexpr int64_t kMostParts = 4 * (1 << 20);  // floats in all slices' sums
 
 // The last axes of a tensor, as three.
@@ -62,9 +64,9 @@ struct Grid {
     lead += lead % 2;
   }
 
-  // rows[i] = where the channels at position first + i of data (N, *size, channels) are; zeros for an empty cell
-  void locate(const uint16_t* data, const Sizes& size, int64_t channels, int64_t first, int64_t count,
-              const uint16_t* zeros, const uint16_t** rows) const {
+  // rows[i] = where the channels at position first + i of data (N, *size, channels) are; for an empty cell, zeros
+  template <class T>
+  void locate(T* data, const Sizes& size, int64_t channels, int64_t first, int64_t count, T* zeros, T** rows) const {
     for (int64_t i = 0; i < count;) {
       const int64_t p = first + i;
       if (p < 0 || p >= positions) {
@@ -73,7 +75,7 @@ struct Grid {
       }
       const int64_t line = p / cells[2], h = line % cells[1], plane = line / cells[1], d = plane % cells[0];
       const bool inside = h < size[1] && d < size[0];
-      const uint16_t* start = data + ((plane / cells[0] * size[0] + d) * size[1] + h) * size[2] * channels;
+      T* const start = data + ((plane / cells[0] * size[0] + d) * size[1] + h) * size[2] * channels;
       for (int64_t w = p % cells[2]; w < cells[2] && i < count; ++w, ++i)
         rows[i] = inside && w < size[2] ? start + w * channels : zeros;
     }
@@ -88,25 +90,96 @@ at::MemoryFormat channels_last(const ConvGeometry& g) {
   return g.axes() == 2 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
 }
 
+// Whether the kernels can do it: sizes of x and y, w as it is.
+bool possible(const Tensor& like, IntArrayRef input, IntArrayRef output, const Tensor& weight, const ConvGeometry& g) {
+  const auto one = [](int64_t stride) { return stride == 1; };
+  return like.is_cpu() && like.scalar_type() == at::kBFloat16 && g.axes() >= 2 && g.groups == 1 &&
+         std::all_of(g.stride.begin(), g.stride.end(), one) && like.is_contiguous(channels_last(g)) &&
+         like.numel() > 0 && weight.size(0) >= 32 && weight.size(1) >= 32 &&
+         Grid(input, output, weight.sizes(), g).lead <= kMostPositions && amx_available();
+}
+
+// out = data ⋆ weight or, for the adjoint, its transpose; data and out at the sizes of x and y or the other way round.
+Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef input_sizes, IntArrayRef output_sizes,
+               const ConvGeometry& g, bool adjoint) {
+  Grid grid(input_sizes, output_sizes, weight.sizes(), g);
+  const int64_t taps = static_cast<int64_t>(grid.shifts.size());
+  if (adjoint)
+    for (int64_t& shift : grid.shifts) shift = -shift;
+  const int64_t from = weight.size(adjoint ? 0 : 1), to = weight.size(adjoint ? 1 : 0);
+  const Sizes &from_size = adjoint ? grid.out : grid.in, &to_size = adjoint ? grid.in : grid.out;
+
+  const Tensor w = weight.contiguous(channels_last(g));
+  AlignedVector<uint32_t> packed(packed_weight_size(weight.size(0), taps, weight.size(1)));
+  at::parallel_for(0, pieces(weight.size(0), kTileChannels), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin * kTileChannels; o < end * kTileChannels; o += kTileChannels)
+      amx_pack_weight(bits(w), weight.size(0), taps, weight.size(1), adjoint, o, packed.data());
+  });
+
+  const int64_t most = std::clamp<int64_t>(kChunkElements / padded_channels(from) - 2 * grid.lead, 128, kMostPositions);
+  const int64_t chunks = pieces(grid.positions, most);
+  const int64_t positions = pieces(pieces(grid.positions, chunks), kTilePositions) * kTilePositions;
+  const int64_t groups = pieces(to, kGroup);
+  Tensor out = at::empty(adjoint ? input_sizes : output_sizes, data.options().memory_format(channels_last(g)));
+  auto* const out_bits = static_cast<uint16_t*>(out.mutable_data_ptr());
+  const std::vector<uint16_t> zeros(from, 0);
+  at::parallel_for(0, chunks * groups, 1, [&](int64_t begin, int64_t end) {
+    thread_local AlignedVector<uint16_t> copy;
+    std::vector<const uint16_t*> x_rows(positions + 2 * grid.lead);
+    std::vector<uint16_t*> y_rows(positions);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t group = unit % groups * kGroup, first = unit / groups * positions;
+      ConvolveChunk chunk{x_rows.data(),
+                          y_rows.data(),
+                          positions,
+                          grid.lead,
+                          from,
+                          std::min(kGroup, to - group),
+                          taps,
+                          grid.shifts.data(),
+                          packed.data() + packed_weight_size(group, taps, from)};
+      copy.resize(chunk.copy_size());
+      chunk.copy = copy.data();
+      grid.locate(bits(data), from_size, from, first - grid.lead, positions + 2 * grid.lead, zeros.data(),
+                  x_rows.data());
+      grid.locate<uint16_t>(out_bits, to_size, to, first, positions, nullptr, y_rows.data());
+      for (uint16_t*& row : y_rows)
+        if (row) row += group;
+      amx_convolve(chunk);
+    }
+  });
+  return out;
+}
+
 }  // namespace
+
+bool takes_convolve_amx(const Tensor& like, const Tensor& weight, IntArrayRef input_sizes, IntArrayRef output_sizes,
+                        const ConvGeometry& g) {
+  const bool matrix_product = weight.numel() == weight.size(0) * weight.size(1);
+  return !matrix_product && c10::multiply_integers(output_sizes.slice(2)) <= kSmallPlane &&
+         possible(like, input_sizes, output_sizes, weight, g);
+}
+
+Tensor convolve_amx(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  return product(input, weight, input.sizes(), g.output_sizes(input.sizes(), weight.sizes()), g, false);
+}
+
+Tensor grad_input_amx(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_sizes, const ConvGeometry& g) {
+  return product(grad_output, weight, input_sizes, grad_output.sizes(), g, true);
+}
 
 bool takes_grad_weight_amx(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                            const ConvGeometry& g) {
-  const auto one = [](int64_t stride) { return stride == 1; };
-  return input.is_cpu() && input.scalar_type() == at::kBFloat16 && g.axes() >= 2 && g.groups == 1 &&
-         std::all_of(g.stride.begin(), g.stride.end(), one) && input.is_contiguous(channels_last(g)) &&
-         grad_output.is_contiguous(channels_last(g)) && weight.size(0) >= 32 && weight.size(1) >= 32 &&
-         input.numel() > 0 && grad_output.numel() > 0 &&
-         Grid(input.sizes(), grad_output.sizes(), weight.sizes(), g).lead <= kMostPositions && amx_available();
+  return possible(input, input.sizes(), grad_output.sizes(), weight, g) && grad_output.is_contiguous(channels_last(g));
 }
 
 Tensor grad_weight_amx(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_sizes,
                        const ConvGeometry& g) {
   const Grid grid(input.sizes(), grad_output.sizes(), weight_sizes, g);
   const int64_t in_channels = weight_sizes[1], out_channels = weight_sizes[0];
-  const int64_t columns = GradWeightChunk::padded(in_channels), taps = static_cast<int64_t>(grid.shifts.size());
+  const int64_t columns = padded_channels(in_channels), taps = static_cast<int64_t>(grid.shifts.size());
   const bool odd_shifts = std::any_of(grid.shifts.begin(), grid.shifts.end(), [](int64_t shift) { return shift % 2; });
-  const int64_t part = GradWeightChunk::padded(out_channels) * taps * columns;
+  const int64_t part = padded_channels(out_channels) * taps * columns;
   const int64_t groups = pieces(out_channels, kGroup);
   const int64_t slices =
       std::clamp<int64_t>(std::min(kUnits / groups, kMostParts / part), 1, pieces(grid.positions, kMostPositions));

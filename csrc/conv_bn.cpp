@@ -124,21 +124,38 @@ std::vector<double> to_vector(const Tensor& t) {
 
 namespace {
 
-// The tensor of f(c) in float64, on the CPU: an operator per step would take longer than a small layer.
+// The vector of f(c), on the CPU: an operator per step would take longer than a small layer.
 template <class F>
 Tensor channelwise(int64_t channels, F f, at::ScalarType type = at::kDouble) {
-  Tensor result = at::empty({channels}, at::kDouble);
-  double* values = result.mutable_data_ptr<double>();
-  for (int64_t c = 0; c < channels; ++c) values[c] = f(c);
-  return type == at::kDouble ? result : result.to(type);
+  Tensor result = at::empty({channels}, type);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "channelwise", [&] {
+    auto* values = result.mutable_data_ptr<scalar_t>();
+    for (int64_t c = 0; c < channels; ++c) values[c] = static_cast<scalar_t>(f(c));
+  });
+  return result;
+}
+
+std::vector<double> vector_or(const OptionalTensor& t, int64_t channels, double otherwise) {
+  return t ? to_vector(*t) : std::vector<double>(channels, otherwise);
 }
 
 }  // namespace
 
+std::tuple<Tensor, Tensor> frozen_statistics(const Tensor& running_mean, const Tensor& running_var,
+                                             const OptionalTensor& bias) {
+  if (running_mean.is_cpu()) {
+    const int64_t n = running_mean.numel();
+    const auto mean = to_vector(running_mean), var = to_vector(running_var), b = vector_or(bias, n, 0);
+    return {channelwise(n, [&](int64_t c) { return mean[c] - b[c]; }),
+            channelwise(n, [&](int64_t c) { return var[c]; })};
+  }
+  const Tensor mean = running_mean.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
+  return {bias ? mean - *bias : mean, running_var.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true)};
+}
+
 Tensor bn_scale(const Tensor& var, const OptionalTensor& bn_weight, double eps) {
   if (var.is_cpu()) {
-    const auto variance = to_vector(var);
-    const auto gamma = bn_weight ? to_vector(*bn_weight) : std::vector<double>(variance.size(), 1.0);
+    const auto variance = to_vector(var), gamma = vector_or(bn_weight, var.numel(), 1);
     return channelwise(var.numel(), [&](int64_t c) { return gamma[c] / std::sqrt(variance[c] + eps); });
   }
   const Tensor invstd = at::rsqrt(var + eps);
@@ -146,7 +163,16 @@ Tensor bn_scale(const Tensor& var, const OptionalTensor& bn_weight, double eps) 
 }
 
 Tensor bn_shift(const Tensor& mean, const OptionalTensor& bn_bias) {
+  if (mean.is_cpu()) {
+    const auto beta = vector_or(bn_bias, mean.numel(), 0);
+    return channelwise(mean.numel(), [&](int64_t c) { return beta[c]; });
+  }
   return bn_bias ? bn_bias->to(at::kDouble) : at::zeros_like(mean);
+}
+
+Tensor folded_bias(const BnForward& bn, at::ScalarType type) {
+  const auto mean = to_vector(bn.mean), scale = to_vector(bn.scale), beta = to_vector(bn.bias);
+  return channelwise(mean.size(), [&](int64_t c) { return beta[c] - scale[c] * mean[c]; }, type);
 }
 
 BnParameterGradients bn_parameter_gradients(const Tensor& sum_g, const Tensor& sum_gd, const Tensor& scale,
@@ -157,7 +183,8 @@ BnParameterGradients bn_parameter_gradients(const Tensor& sum_g, const Tensor& s
     const int64_t n = var.numel();
     return {channelwise(
                 n, [&](int64_t c) { return gd[c] / std::sqrt(variance[c] + eps); }, weight_type),
-            bias_type == at::kDouble ? sum_g : sum_g.to(bias_type),
+            channelwise(
+                n, [&](int64_t c) { return g[c]; }, bias_type),
             channelwise(n, [&](int64_t c) { return -s[c] * gd[c] / ((variance[c] + eps) * count); }),
             channelwise(n, [&](int64_t c) { return -s[c] * g[c] / count; })};
   }

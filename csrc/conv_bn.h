@@ -71,7 +71,7 @@ struct BnBackward : BnForward {
 //                              // grad_y may be y
 //   static Tensor invert(const BnForward&, const Tensor& out);                            // y from out
 //   // only where there is something better than convolution and apply; an undefined result: not for this call
-//   static Tensor infer(input, weight, scale, shift, residual, options);                  // act((s·w) ⋆ x + shift + r)
+//   static Tensor infer(input, weight, const BnForward&, residual, options);  // act((s·w) ⋆ x + (β − s·μ) + residual)
 // };
 // A backend may also have a convolution of its own, for the layers that it accepts; dy is never stored there:
 //   static bool own_convolution(const Tensor& input, const Tensor& weight, const ConvGeometry&);
@@ -85,8 +85,12 @@ struct BnBackward : BnForward {
 template <class Kernels>
 concept HasConvolution = requires { &Kernels::own_convolution; };
 
+// μ and σ² of running statistics; the bias moves μ.
+std::tuple<at::Tensor, at::Tensor> frozen_statistics(const at::Tensor& running_mean, const at::Tensor& running_var,
+                                                     const OptionalTensor& bias);
 at::Tensor bn_scale(const at::Tensor& var, const OptionalTensor& bn_weight, double eps);
 at::Tensor bn_shift(const at::Tensor& mean, const OptionalTensor& bn_bias);
+at::Tensor folded_bias(const BnForward& bn, at::ScalarType type);  // β − s·μ, on the CPU
 // dγ, dβ and the coefficients of dy = s·g + b·(y − μ) + c with batch statistics over `count` values.
 struct BnParameterGradients {
   at::Tensor weight, bias, b, c;
@@ -127,7 +131,7 @@ at::Tensor convolve_by(const at::Tensor& input, const at::Tensor& weight, const 
 }
 
 // Returns (out, y, mean, var). memory says what the backward pass will start from; y is empty unless it is "save".
-// With "none" and frozen statistics these are folded into the weights.
+// With "none" and frozen statistics these may be folded into the weights:  (w ⋆ x − μ)·s + β = (s·w) ⋆ x + (β − s·μ)
 template <class Kernels>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_forward(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
@@ -148,31 +152,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_forward(
   bn.activation = options.activation;
   bn.slope = slope;
   at::Tensor mean, var;
-  if (!training) {
-    mean = running_mean->to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
-    if (bias) mean = mean - *bias;
-    var = running_var->to(at::kDouble, /*non_blocking=*/false, /*copy=*/true);
+  if (training) {
+    bn.y = convolve_by<Kernels>(input, weight, options.geometry, &mean, &var);
+  } else {
+    std::tie(mean, var) = frozen_statistics(*running_mean, *running_var, bias);
   }
-  if (training || keep != Memory::none) {
-    bn.y = convolve_by<Kernels>(input, weight, options.geometry, training ? &mean : nullptr, &var);
-    bn.mean = mean;
-    bn.scale = bn_scale(var, bn_weight, eps);
-    bn.bias = bn_shift(mean, bn_bias);
-    if (keep == Memory::invert) check_invertible(options, bn.scale);
-  } else {  // fold:  (w ⋆ x − μ)·s + β = (s·w) ⋆ x + (β − s·μ)
-    const at::Tensor scale = bn_scale(var, bn_weight, eps);
-    const at::Tensor shift = bn_shift(mean, bn_bias) - scale * mean;
-    if constexpr (requires { Kernels::infer(input, weight, scale, shift, residual, options); })
-      if (const at::Tensor out = Kernels::infer(input, weight, scale, shift, residual, options); out.defined())
-        return {out, at::empty({0}, input.options()), mean, var};
-    std::vector<int64_t> per_row(weight.dim(), 1);
-    per_row[0] = -1;
-    const at::Tensor folded =
-        (weight * scale.view(per_row).to(at::toOpMathType(weight.scalar_type()))).to(weight.scalar_type());
-    bn.y = convolve_by<Kernels>(input, folded, options.geometry);
-    bn.mean = at::zeros_like(mean);
-    bn.scale = at::ones_like(scale);
-    bn.bias = shift;
+  bn.mean = mean;
+  bn.scale = bn_scale(var, bn_weight, eps);
+  bn.bias = bn_shift(mean, bn_bias);
+  if (keep == Memory::invert) check_invertible(options, bn.scale);
+  if (!training) {
+    if constexpr (requires { Kernels::infer(input, weight, bn, residual, options); })
+      if (keep == Memory::none)
+        if (const at::Tensor out = Kernels::infer(input, weight, bn, residual, options); out.defined())
+          return {out, at::empty({0}, input.options()), mean, var};
+    bn.y = convolve_by<Kernels>(input, weight, options.geometry);
   }
   if (residual) bn.residual = like_layout(*residual, bn.y);
   const at::Tensor out = save_y ? at::empty_like(bn.y) : bn.y;
@@ -252,7 +246,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
   }
   if (needs_convolution || needs_residual) {
     at::Tensor &b = parameters.b, &c = parameters.c;
-    if (!training || !b.defined()) b = c = at::zeros_like(mean);
+    if (!training || !b.defined()) b = c = bn_shift(mean, std::nullopt);  // zeros
     if constexpr (HasConvolution<Kernels>) {
       if (own) {
         const auto [dx, dw] =

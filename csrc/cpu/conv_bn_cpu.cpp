@@ -61,6 +61,12 @@ T* at_offset(T* p, int64_t i) {
   return p ? p + i : nullptr;
 }
 
+Tensor zeros(int64_t channels) {  // in float64, without an operator that fills
+  const Tensor result = at::empty({channels}, at::kDouble);
+  std::fill_n(result.mutable_data_ptr<double>(), channels, 0.0);
+  return result;
+}
+
 struct CpuKernels {
   static std::tuple<Tensor, Tensor> statistics(const Tensor& y) {
     return dispatch(y, [&]<typename scalar_t>(scalar_t, const BnLoops<scalar_t>& loops) { return moments(y, loops); });
@@ -101,7 +107,7 @@ struct CpuKernels {
         block_m2[index * stride + c] = square[c] - sum[c] * sum[c] / values;
       }
     });
-    const Tensor mean = at::zeros({blocks.channels}, at::kDouble), var = at::zeros({blocks.channels}, at::kDouble);
+    const Tensor mean = zeros(blocks.channels), var = zeros(blocks.channels);
     double *mean_data = mean.mutable_data_ptr<double>(), *m2 = var.mutable_data_ptr<double>();
     std::vector<double> merged(blocks.channels, 0.0);
     for (int64_t index = 0; index < blocks.count; ++index) {
@@ -191,8 +197,7 @@ struct CpuKernels {
         fold_columns(blocks, b, g.data(), &block_g[index * stride]);
         fold_columns(blocks, b, gd.data(), &block_gd[index * stride]);
       });
-      const Tensor sum_g = at::zeros({blocks.channels}, at::kDouble),
-                   sum_gd = at::zeros({blocks.channels}, at::kDouble);
+      const Tensor sum_g = zeros(blocks.channels), sum_gd = zeros(blocks.channels);
       double *g = sum_g.mutable_data_ptr<double>(), *gd = sum_gd.mutable_data_ptr<double>();
       for (int64_t index = 0; index < blocks.count; ++index) {
         const Blocks::Block b = blocks[index];
@@ -231,18 +236,23 @@ struct CpuKernels {
     });
   }
 
-  // The rows of the weight are planes with a scale each.
-  static Tensor infer(const Tensor& input, const Tensor& weight, const Tensor& scale, const Tensor& shift,
-                      const OptionalTensor& residual, const ConvBnOptions& options) {
+  // The weight's rows are planes with a scale each.
+  static Tensor infer(const Tensor& input, const Tensor& weight, const BnForward& bn, const OptionalTensor& residual,
+                      const ConvBnOptions& options) {
     if (!fuses(input, weight, residual.has_value(), options)) return {};
     const int64_t rows = weight.size(0), row = weight.numel() / rows;
     const Tensor w = dense(weight), folded = at::empty_like(w);
-    BnForward bn;
-    bn.y = w.as_strided({1, rows, row}, {rows * row, row, 1});
-    bn.mean = bn.bias = at::zeros_like(scale);
-    bn.scale = scale;
-    apply(bn, folded.as_strided({1, rows, row}, {rows * row, row, 1}));
-    return fused_convolution(input, folded, shift.to(weight.scalar_type()), residual, options);
+    dispatch(w, [&]<typename scalar_t>(scalar_t, const BnLoops<scalar_t>& loops) {
+      const auto scale_vector = to_vector(bn.scale);
+      const std::vector<acc_t<scalar_t>> zero(rows, 0), scale(scale_vector.begin(), scale_vector.end());
+      const auto loop = loops.apply[static_cast<int>(Activation::identity)];
+      at::parallel_for(0, rows, std::max<int64_t>(1, kBlockElements / row), [&](int64_t first, int64_t last) {
+        loop({data<scalar_t>(w) + first * row, nullptr, mutable_data<scalar_t>(folded) + first * row, &zero[first],
+              &scale[first], &zero[first], 0},
+             Span{row, 1, last - first, 1});
+      });
+    });
+    return fused_convolution(input, folded, folded_bias(bn, weight.scalar_type()), residual, options);
   }
 
   static Tensor invert(const BnForward& bn, const Tensor& out) {

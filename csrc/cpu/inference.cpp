@@ -61,9 +61,10 @@ bool fuses(const Tensor& input, const Tensor& weight, bool residual, const ConvB
   if (residual && (input.suggest_memory_format() == at::MemoryFormat::Contiguous ||
                    (options.activation != Activation::identity && options.activation != Activation::relu)))
     return false;
-  return plain() && with_sum() && at::globalContext().userEnabledMkldnn() && input.dim() >= 4 && input.numel() > 0 &&
-         (type == at::kFloat || type == at::kBFloat16) &&
-         !library_is_wrong(input, options.geometry.output_sizes(input.sizes(), weight.sizes()).back());
+  const auto output_sizes = options.geometry.output_sizes(input.sizes(), weight.sizes());
+  return weight.numel() < c10::multiply_integers(output_sizes) && plain() && with_sum() &&
+         at::globalContext().userEnabledMkldnn() && input.dim() >= 4 && input.numel() > 0 &&
+         (type == at::kFloat || type == at::kBFloat16) && !library_is_wrong(input, output_sizes.back());
 }
 
 Tensor fused_convolution(const Tensor& input, const Tensor& weight, const Tensor& bias, const OptionalTensor& residual,

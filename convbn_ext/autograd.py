@@ -96,6 +96,7 @@ def _backward_fake(
 def _update_fake(
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
     mean: Tensor,
     var: Tensor,
     bias: Tensor | None,

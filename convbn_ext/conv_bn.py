@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from . import autograd  # registers shapes and gradients of the operators
 from .activation import apply_activation, parse_activation
 from .geometry import Geometry
-from .normalize import Normalisation, find_groups, normalize, update_running
+from .normalize import Normalisation, find_groups, normalize, operators, update_running
 
 _MEMORY = ("save", "chain", "recompute", "invert")
 
@@ -72,21 +72,24 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _check_tensors(input: Tensor, weight: Tensor, **others: Tensor | None) -> None:
+_CHECKED = ("weight", "residual", "bias", "bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+def _check_tensors(input: Tensor, *others: Tensor | None) -> None:
     """Devices and dtypes must agree; per-channel vectors of a half-precision layer may be float32."""
-    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+    if not isinstance(input, Tensor) or not isinstance(others[0], Tensor):
         raise TypeError(
-            f"conv_bn: input and weight must be tensors, got {type(input).__name__}, {type(weight).__name__}"
+            f"conv_bn: input and weight must be tensors, got {type(input).__name__}, {type(others[0]).__name__}"
         )
-    half = input.dtype in (torch.bfloat16, torch.float16)
-    for name, tensor in {"weight": weight, **others}.items():
-        if tensor is None:
+    dtype, device = input.dtype, input.device
+    for name, tensor in zip(_CHECKED, others, strict=True):
+        if tensor is None or (tensor.dtype == dtype and tensor.device == device):
             continue
-        if tensor.device != input.device:
-            raise ValueError(f"conv_bn: {name} is on {tensor.device}, but input is on {input.device}")
-        vector = name not in ("weight", "residual")
-        if tensor.dtype != input.dtype and not (vector and half and tensor.dtype == torch.float32):
-            allowed = f"{input.dtype} or torch.float32" if vector and half else f"{input.dtype}"
+        if tensor.device != device:
+            raise ValueError(f"conv_bn: {name} is on {tensor.device}, but input is on {device}")
+        vector = name not in ("weight", "residual") and dtype in (torch.bfloat16, torch.float16)
+        if not (vector and tensor.dtype == torch.float32):
+            allowed = f"{dtype} or torch.float32" if vector else f"{dtype}"
             raise ValueError(f"conv_bn: {name} must have dtype {allowed} like input, got {tensor.dtype}")
 
 
@@ -109,6 +112,7 @@ def conv_bn(
     bn_bias: Tensor | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -140,6 +144,7 @@ def conv_bn(
         bn_bias: β, (C_out,).
         running_mean: (C_out,), updated in training as ``(1 − momentum)·running + momentum·batch``.
         running_var: (C_out,), updated likewise, with the unbiased variance.
+        num_batches_tracked: (), an integer; grows by one in training.
         training: batch statistics if true; running statistics otherwise.
         momentum: weight of the new batch in the running statistics.
         eps: added to the variance.
@@ -170,20 +175,11 @@ def conv_bn(
     if memory not in _MEMORY:
         raise ValueError(f"conv_bn: memory must be one of {', '.join(_MEMORY)}, got {memory!r}")
     act = parse_activation(activation)
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    _check_tensors(
-        input,
-        weight,
-        bias=bias,
-        bn_weight=bn_weight,
-        bn_bias=bn_bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        residual=residual,
-    )
+    _check_tensors(input, weight, residual, bias, bn_weight, bn_bias, running_mean, running_var)
     # torch.compile looks behind a cache and warns of it
     operator_geometry = _operator_geometry.__wrapped__ if torch.compiler.is_compiling() else _operator_geometry
     geometry = operator_geometry(
@@ -194,6 +190,8 @@ def conv_bn(
         y = autograd.convolve(input, weight, *geometry, bias=None if bias is None else bias.to(input.dtype))
         if statistic_groups is None:
             v = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+            if training and num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
         else:
             v = F.group_norm(y, statistic_groups, bn_weight, bn_bias, eps)
         return apply_activation(v if residual is None else v + residual, activation)
@@ -210,11 +208,11 @@ def conv_bn(
         y = autograd.convolve(input, weight, *geometry, bias=added)
         out, mean, var, values = normalize(y, bn_weight, bn_bias, residual, cancelled, options)
         if statistic_groups is None:
-            update_running(running_mean, running_var, mean, var, bias, int(values), momentum)
+            update_running((running_mean, running_var, num_batches_tracked), mean, var, bias, int(values), momentum)
         return out
     differentiable = (input, weight, bias, bn_weight, bn_bias, residual)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    out, _, mean, var = torch.ops.convbn_ext.conv_bn_forward(
+    out, _, mean, var = operators(*differentiable, running_mean, running_var).conv_bn_forward(
         input,
         weight,
         bias,
@@ -230,5 +228,6 @@ def conv_bn(
         *act,
     )
     if training:
-        update_running(running_mean, running_var, mean, var, bias, out.numel() // out.shape[1], momentum)
+        running = running_mean, running_var, num_batches_tracked
+        update_running(running, mean, var, bias, out.numel() // out.shape[1], momentum)
     return out

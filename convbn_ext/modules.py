@@ -36,18 +36,19 @@ def fused_call(
     options: dict[str, Any] = {}
     if not isinstance(conv, nn.Linear):
         options = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-    counts = False
-    if isinstance(bn, nn.GroupNorm):
-        options |= {"norm": "group", "num_groups": bn.num_groups}
-    elif not isinstance(bn, nn.modules.batchnorm._BatchNorm):
-        options |= {"norm": "instance"}
-    else:
-        counts, momentum = training_step(bn)
-        options |= {"training": bn.training or bn.running_mean is None, "momentum": momentum}
+    if isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        counts, options["momentum"] = training_step(bn)
+        options["training"] = bn.training or bn.running_mean is None
         options["process_group"] = group_of(bn)
         if counts or not bn.training:
-            options |= {"running_mean": bn.running_mean, "running_var": bn.running_var}
-    out = conv_bn(
+            options["running_mean"], options["running_var"] = bn.running_mean, bn.running_var
+        if counts:
+            options["num_batches_tracked"] = bn.num_batches_tracked
+    elif isinstance(bn, nn.GroupNorm):
+        options["norm"], options["num_groups"] = "group", bn.num_groups
+    else:
+        options["norm"] = "instance"
+    return conv_bn(
         input,
         conv.weight,
         conv.bias,
@@ -59,9 +60,6 @@ def fused_call(
         memory=memory,
         **options,
     )
-    if counts and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
-        bn.num_batches_tracked.add_(1)  # a checkpoint's second pass, inside a backward pass, does not count
-    return out
 
 
 def has_hooks(module: nn.Module) -> bool:

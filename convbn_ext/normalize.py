@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import has_torch_function
 
+from . import _C
 from .activation import apply_activation
 
 _NORMS = ("batch", "group", "layer", "instance")
@@ -211,16 +213,29 @@ def find_groups(norm: str, num_groups: int | None, channels: int) -> int | None:
     return {"batch": None, "layer": 1, "instance": channels}.get(norm, num_groups)
 
 
+def operators(*tensors: Tensor | None) -> Any:
+    """torch.ops where somebody listens to it (a compiler, ``__torch_function__``), else the same without boxing."""
+    return _ops if torch.compiler.is_compiling() or has_torch_function(tensors) else _C
+
+
 def update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None],
     mean: Tensor,
     var: Tensor,
     bias: Tensor | None,
     count: int,
     momentum: float,
 ) -> None:
-    """Running ← (1 − momentum)·running + momentum·batch, with the unbiased variance and the convolution's bias."""
-    if not (running_mean is None and running_var is None):
+    """Running ← (1 − momentum)·running + momentum·batch, with the unbiased variance and the convolution's bias.
+
+    Args:
+        running: running_mean, running_var and num_batches_tracked, which grows by one.
+        mean: (C,) in float64.
+        var: (C,) in float64, biased.
+        bias: (C,) or None, the convolution's, which mean is without.
+        count: values per channel.
+        momentum: weight of the new batch.
+    """
+    if any(t is not None for t in running):
         shift = None if bias is None else bias.detach()
-        torch.ops.convbn_ext.update_running_statistics(running_mean, running_var, mean, var, shift, count, momentum)
+        operators(*running).update_running_statistics(*running, mean, var, shift, count, momentum)

@@ -30,9 +30,8 @@ class _Synced(nn.modules.batchnorm._BatchNorm):
         options = Normalisation(None, group, self.eps, "identity", 0.0)
         out, mean, var, values = normalize(input, self.weight, self.bias, None, None, options)
         if counts:
-            update_running(self.running_mean, self.running_var, mean, var, None, int(values), momentum)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+            running = self.running_mean, self.running_var, self.num_batches_tracked
+            update_running(running, mean, var, None, int(values), momentum)
         return out
 
 

@@ -103,7 +103,7 @@ at::Tensor like_layout(const at::Tensor& tensor, const at::Tensor& y);  // tenso
 at::Tensor dense(const at::Tensor& y);                                  // y, contiguous or channels_last
 void check_invertible(const ConvBnOptions& options, const at::Tensor& scale);
 
-// The two operators as the dispatcher calls them.
+// The operators as the dispatcher calls them.
 using ConvBnForwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& bn_weight,
     const OptionalTensor& bn_bias, const OptionalTensor& residual, const OptionalTensor& running_mean,
@@ -117,6 +117,11 @@ using ConvBnBackwardOp = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tens
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
     std::string_view padding_mode, double eps, std::string_view activation, double slope,
     std::array<bool, 5> output_mask);
+
+using UpdateRunningStatisticsOp = void(const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                       const OptionalTensor& num_batches_tracked, const at::Tensor& mean,
+                                       const at::Tensor& var, const OptionalTensor& bias, c10::SymInt count,
+                                       double momentum);
 
 // y = w ⋆ x, dense, and its statistics unless mean is null.
 template <class Kernels>

@@ -9,6 +9,7 @@ namespace convbn {
 void bind_block_lu(pybind11::module_& m);           // cpu/block_lu_cpu.cpp
 void bind_block_tridiagonal(pybind11::module_& m);  // block_tridiagonal.cpp
 void bind_border(pybind11::module_& m);             // border.cpp
+void bind_conv_bn(pybind11::module_& m);            // conv_bn_bindings.cpp
 void bind_gmres(pybind11::module_& m);              // gmres_bindings.cpp
 void bind_linear_maps(pybind11::module_& m);        // linear_map.cpp
 void bind_matrix_maps(pybind11::module_& m);        // matrix_map.cpp
@@ -34,8 +35,8 @@ TORCH_LIBRARY(convbn_ext, m) {
       "bool[5] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bn_weight, Tensor grad_bn_bias, "
       "Tensor grad_residual)");
   m.def(
-      "update_running_statistics(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor mean, Tensor var, "
-      "Tensor? bias, SymInt count, float momentum) -> ()");
+      "update_running_statistics(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+      "Tensor mean, Tensor var, Tensor? bias, SymInt count, float momentum) -> ()");
   // batch_norm.h
   m.def("bn_statistics(Tensor y) -> (Tensor mean, Tensor var)");
   m.def(
@@ -68,6 +69,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("amx_available", &convbn::amx_available);
   m.def("pool_bytes", &convbn::pool_bytes);
   m.def("release_memory", &convbn::pool_release);
+  convbn::bind_conv_bn(m);
   convbn::bind_linear_maps(m);
   convbn::bind_matrix_maps(m);
   convbn::bind_block_lu(m);

@@ -214,10 +214,17 @@ void amx_grad_weight(const GradWeightChunk& k, float* dw) {
         const uint32_t* b1 = b0 + 16 * pairs;
         const uint16_t *a0 = k.transposed + row * pitch, *a1 = a0 + 16 * pitch;
         float *c0 = dw + row * ld + tap * columns + column, *c1 = c0 + 16 * ld;
-        _tile_loadd(0, c0, c_stride);
-        _tile_loadd(1, c0 + 16, c_stride);
-        _tile_loadd(2, c1, c_stride);
-        _tile_loadd(3, c1 + 16, c_stride);
+        if (k.first) {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        } else {
+          _tile_loadd(0, c0, c_stride);
+          _tile_loadd(1, c0 + 16, c_stride);
+          _tile_loadd(2, c1, c_stride);
+          _tile_loadd(3, c1 + 16, c_stride);
+        }
         for (int64_t p = 0; p < k.positions; p += kTilePositions) {
           _tile_loadd(4, a0 + p, a_stride);
           _tile_loadd(6, b0 + 8 * p, 64);

@@ -46,6 +46,7 @@ struct GradWeightChunk {
   int64_t in_channels, out_channels;
   int64_t taps;
   const int64_t* shifts;  // per tap, from −lead to lead
+  bool first;             // dw is written, not added to
   uint32_t *even, *odd;   // x in pairs of positions from 0 on, from 1 on (null: no shift is odd)
   uint16_t* transposed;   // dyᵀ: transposed_size()
   int64_t pairs() const { return positions / 2 + lead; }
@@ -54,7 +55,7 @@ struct GradWeightChunk {
   int64_t transposed_size() const { return pitch() * padded_channels(out_channels); }
 };
 
-// dw (padded_channels(out_channels), taps, padded_channels(in_channels)) += the chunk's part
+// dw (padded_channels(out_channels), taps, padded_channels(in_channels)) += the chunk's part, or = for the first
 void amx_grad_weight(const GradWeightChunk& chunk, float* dw);
 
 // out[i] = Σ over slices of parts[slice·stride + i], in order, rounded once

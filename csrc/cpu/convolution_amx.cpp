@@ -21,12 +21,12 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 
-constexpr int64_t kUnits = 32;                 // enough for the threads of most machines
+constexpr int64_t kUnits = 16;                 // of work, if the slices allow it
 constexpr int64_t kGroup = 128;                // output channels; x is packed again for each group
 constexpr int64_t kMostPositions = 640;        // of a chunk: dyᵀ of a tile's channels stays in the L1 cache
 constexpr int64_t kChunkElements = 1 << 19;    // of a chunk's operands
 constexpr int64_t kSmallPlane = 64;            // positions of an image: above, the library is as fast
-constexpr int64_t kMostParts = 4 * (1 << 20);  // floats in all slices' sums
+constexpr int64_t kMostParts = 2 * (1 << 20);  // floats in all slices' sums
 
 // The last axes of a tensor, as three.
 struct Sizes : std::array<int64_t, 3> {
@@ -85,6 +85,7 @@ struct Grid {
 const uint16_t* bits(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+int64_t tiled(int64_t positions) { return pieces(positions, kTilePositions) * kTilePositions; }
 
 at::MemoryFormat channels_last(const ConvGeometry& g) {
   return g.axes() == 2 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
@@ -118,7 +119,7 @@ Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef input_sizes
 
   const int64_t most = std::clamp<int64_t>(kChunkElements / padded_channels(from) - 2 * grid.lead, 128, kMostPositions);
   const int64_t chunks = pieces(grid.positions, most);
-  const int64_t positions = pieces(pieces(grid.positions, chunks), kTilePositions) * kTilePositions;
+  const int64_t positions = tiled(pieces(grid.positions, chunks));
   const int64_t groups = pieces(to, kGroup);
   Tensor out = at::empty(adjoint ? input_sizes : output_sizes, data.options().memory_format(channels_last(g)));
   auto* const out_bits = static_cast<uint16_t*>(out.mutable_data_ptr());
@@ -180,14 +181,14 @@ Tensor grad_weight_amx(const Tensor& grad_output, const Tensor& input, IntArrayR
   const int64_t columns = padded_channels(in_channels), taps = static_cast<int64_t>(grid.shifts.size());
   const bool odd_shifts = std::any_of(grid.shifts.begin(), grid.shifts.end(), [](int64_t shift) { return shift % 2; });
   const int64_t part = padded_channels(out_channels) * taps * columns;
-  const int64_t groups = pieces(out_channels, kGroup);
-  const int64_t slices =
-      std::clamp<int64_t>(std::min(kUnits / groups, kMostParts / part), 1, pieces(grid.positions, kMostPositions));
-  const int64_t slice = pieces(pieces(grid.positions, slices), kTilePositions) * kTilePositions;
-  const int64_t most =
-      std::clamp<int64_t>(kChunkElements / (2 * columns + kGroup) - 2 * grid.lead, 128, kMostPositions);
-  const int64_t positions = pieces(pieces(slice, pieces(slice, most)), kTilePositions) * kTilePositions;
-  const Tensor parts = at::zeros({slices, part}, at::kFloat);
+  const int64_t most_slices = std::clamp<int64_t>(kMostParts / part, 1, pieces(grid.positions, kMostPositions));
+  const int64_t width = most_slices * pieces(out_channels, kGroup) < kUnits / 2 ? kGroup / 2 : kGroup;
+  const int64_t groups = pieces(out_channels, width);
+  const int64_t slice = tiled(pieces(grid.positions, std::clamp<int64_t>(kUnits / groups, 1, most_slices)));
+  const int64_t slices = pieces(grid.positions, slice);
+  const int64_t most = std::clamp<int64_t>(kChunkElements / (2 * columns + width) - 2 * grid.lead, 128, kMostPositions);
+  const int64_t positions = tiled(pieces(slice, pieces(slice, most)));
+  const Tensor parts = at::empty({slices, part}, at::kFloat);
   float* const sums = parts.mutable_data_ptr<float>();
   const std::vector<uint16_t> zeros(std::max(in_channels, out_channels), 0);
 
@@ -196,19 +197,20 @@ Tensor grad_weight_amx(const Tensor& grad_output, const Tensor& input, IntArrayR
     thread_local AlignedVector<uint16_t> transposed;
     std::vector<const uint16_t*> x_rows(positions + 2 * grid.lead + 1), dy_rows(positions);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t group = unit % groups * kGroup, first = unit / groups * slice;
-      GradWeightChunk chunk{x_rows.data(), dy_rows.data(),    positions,
-                            grid.lead,     in_channels,       std::min(kGroup, out_channels - group),
-                            taps,          grid.shifts.data()};
-      even.resize(chunk.pairs_size());
-      if (odd_shifts) odd.resize(chunk.pairs_size());
-      transposed.resize(chunk.transposed_size());
-      chunk.even = even.data(), chunk.odd = odd_shifts ? odd.data() : nullptr, chunk.transposed = transposed.data();
-      for (int64_t p = first; p < std::min(first + slice, grid.positions); p += positions) {
-        grid.locate(bits(input), grid.in, in_channels, p - grid.lead, positions + 2 * grid.lead + 1, zeros.data(),
+      const int64_t group = unit % groups * width, first = unit / groups * slice;
+      const int64_t last = std::min(first + slice, grid.positions);
+      for (int64_t p = first; p < last; p += positions) {
+        const int64_t mine = std::min(positions, last - p);
+        GradWeightChunk chunk{x_rows.data(), dy_rows.data(),     tiled(mine),
+                              grid.lead,     in_channels,        std::min(width, out_channels - group),
+                              taps,          grid.shifts.data(), p == first};
+        even.resize(chunk.pairs_size());
+        if (odd_shifts) odd.resize(chunk.pairs_size());
+        transposed.resize(chunk.transposed_size());
+        chunk.even = even.data(), chunk.odd = odd_shifts ? odd.data() : nullptr, chunk.transposed = transposed.data();
+        grid.locate(bits(input), grid.in, in_channels, p - grid.lead, chunk.positions + 2 * grid.lead + 1, zeros.data(),
                     x_rows.data());
         // beyond the slice dy is zero: the next unit has it
-        const int64_t mine = std::min(positions, first + slice - p);
         grid.locate(bits(grad_output) + group, grid.out, out_channels, p, mine, zeros.data(), dy_rows.data());
         std::fill(dy_rows.begin() + mine, dy_rows.end(), zeros.data());
         amx_grad_weight(chunk, sums + unit / groups * part + group * taps * columns);

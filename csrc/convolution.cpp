@@ -1,6 +1,6 @@
 #include "convolution.h"
 
-#include "cpu/convolution_amx.h"
+#include "convolution_plan.h"
 
 namespace convbn {
 
@@ -113,14 +113,9 @@ Tensor pad_adjoint(const Tensor& grad, IntArrayRef input_sizes, const ConvGeomet
 
 Tensor convolve(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
   if (g.axes() == 0) return at::linear(input, weight);
-  const auto output_sizes = g.output_sizes(input.sizes(), weight.sizes());
-  if (library_is_wrong(input, output_sizes.back()))
+  if (library_is_wrong(input, g.output_sizes(input.sizes(), weight.sizes()).back()))
     return convolve(input.to(at::kFloat), weight.to(at::kFloat), g).to(input.scalar_type());
-  const Tensor x = g.pads_explicitly() ? pad(input, g) : input;
-  const ConvGeometry inner = without_explicit_padding(g);
-  if (takes_convolve_amx(x, weight, x.sizes(), output_sizes, inner)) return convolve_amx(x, weight, inner);
-  const std::vector<int64_t> zero(g.axes(), 0);
-  return at::convolution(x, weight, {}, g.stride, library_padding(g), g.dilation, /*transposed=*/false, zero, g.groups);
+  return planned_convolve(g.pads_explicitly() ? pad(input, g) : input, weight, without_explicit_padding(g));
 }
 
 std::tuple<Tensor, Tensor> convolve_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
@@ -138,18 +133,8 @@ std::tuple<Tensor, Tensor> convolve_backward(const Tensor& grad_output, const Te
   Tensor x = input;
   if (padded)  // grad_input alone needs the padded input's sizes, not its values
     x = needs_weight ? pad(input, g) : grad_output.new_empty({1}).expand(g.padded_sizes(input.sizes()));
-  const ConvGeometry inner = without_explicit_padding(g);
-  const bool own_input = needs_input && takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), inner);
-  const bool own_weight = needs_weight && takes_grad_weight_amx(grad_output, x, weight, inner);
-  const std::array<bool, 3> library{needs_input && !own_input, needs_weight && !own_weight, false};
-  const std::vector<int64_t> zero(g.axes(), 0);
-  Tensor grad_input, grad_weight;
-  if (library[0] || library[1])
-    std::tie(grad_input, grad_weight, std::ignore) =
-        at::convolution_backward(grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g),
-                                 g.dilation, /*transposed=*/false, zero, g.groups, library);
-  if (own_input) grad_input = grad_input_amx(grad_output, weight, x.sizes(), inner);
-  if (own_weight) grad_weight = grad_weight_amx(grad_output, x, weight.sizes(), inner);
+  auto [grad_input, grad_weight] =
+      planned_convolve_backward(grad_output, x, weight, without_explicit_padding(g), needs_input, needs_weight);
   if (padded && needs_input) grad_input = pad_adjoint(grad_input, input.sizes(), g);
   return {grad_input, grad_weight};
 }

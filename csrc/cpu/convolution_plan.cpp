@@ -1,0 +1,192 @@
+// Which way a 2-d convolution is computed: matrix products, our own kernels or the library's, in which memory format.
+//
+//   1×1, one group, no padding: matrix products. With rows(t) the view (N·H·W, C) of a channels_last tensor
+//     rows(y) = rows(x) Wᵀ,  rows(dx) = rows(dy) W,  dW = Σ rows(dy)ᵀ rows(x), the sum over pieces of the rows
+//   and with planes(t) the view (N, C, H·W) of a contiguous one
+//     planes(y) = W planes(x),  planes(dx) = Wᵀ planes(dy),  dW = Σ planes(dy) planes(x)ᵀ, the sum over samples.
+//   Pieces and samples are computed each by itself and added in order, whatever the number of threads. A stride leaves
+//   out pixels before the product.
+//
+//   Everything else: our AMX kernels want channels_last; the library computes in channels_last or in blocks of 16
+//   channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does.
+//
+// Every way takes and gives the memory format that torch's convolution would.
+#include "../convolution_plan.h"
+
+#include <ATen/Context.h>
+
+#include "convolution_amx.h"
+#include "memory_format.h"
+
+namespace convbn {
+
+using at::IntArrayRef;
+using at::Tensor;
+using Format = at::MemoryFormat;
+
+namespace {
+
+bool channels_last(const Tensor& t) { return t.suggest_memory_format() == Format::ChannelsLast; }
+
+// ---- in the memory format that the arguments have: our own kernels or the library's ----
+
+Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (takes_convolve_amx(x, weight, x.sizes(), g.output_sizes(x.sizes(), weight.sizes()), g))
+    return convolve_amx(x, weight, g);
+  const std::vector<int64_t> zero(g.axes(), 0);
+  return at::convolution(x, weight, {}, g.stride, library_padding(g), g.dilation, /*transposed=*/false, zero, g.groups);
+}
+
+std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
+                                           const ConvGeometry& g, bool needs_input, bool needs_weight) {
+  const bool own_input = needs_input && takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g);
+  const bool own_weight = needs_weight && takes_grad_weight_amx(grad_output, x, weight, g);
+  const std::array<bool, 3> library{needs_input && !own_input, needs_weight && !own_weight, false};
+  const std::vector<int64_t> zero(g.axes(), 0);
+  Tensor grad_input, grad_weight;
+  if (library[0] || library[1])
+    std::tie(grad_input, grad_weight, std::ignore) =
+        at::convolution_backward(grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g),
+                                 g.dilation, /*transposed=*/false, zero, g.groups, library);
+  if (own_input) grad_input = grad_input_amx(grad_output, weight, x.sizes(), g);
+  if (own_weight) grad_weight = grad_weight_amx(grad_output, x, weight.sizes(), g);
+  return {grad_input, grad_weight};
+}
+
+// ---- 1×1: matrix products ----
+
+bool is_product(const Tensor& weight, const ConvGeometry& g) {
+  const auto padding = library_padding(g);
+  return g.groups == 1 && weight.size(2) == 1 && weight.size(3) == 1 &&
+         std::all_of(padding.begin(), padding.end(), [](int64_t p) { return p == 0; });
+}
+
+bool strided(const ConvGeometry& g) { return g.stride[0] != 1 || g.stride[1] != 1; }
+
+// The pixels of x that a kernel of one tap meets.
+Tensor met(const Tensor& x, const ConvGeometry& g) {
+  return x.slice(2, 0, std::nullopt, g.stride[0]).slice(3, 0, std::nullopt, g.stride[1]);
+}
+
+Tensor scattered(const Tensor& grad, IntArrayRef sizes, const ConvGeometry& g) {
+  if (!strided(g)) return grad;
+  const Tensor result = at::zeros(sizes, grad.options().memory_format(grad.suggest_memory_format()));
+  met(result, g).copy_(grad);
+  return result;
+}
+
+Tensor rows(const Tensor& t) {
+  return to_format(t, Format::ChannelsLast).permute({0, 2, 3, 1}).reshape({-1, t.size(1)});
+}
+
+Tensor from_rows(const Tensor& t, const Tensor& like) {
+  return t.view({like.size(0), like.size(2), like.size(3), t.size(1)}).permute({0, 3, 1, 2});
+}
+
+Tensor planes(const Tensor& t) { return to_format(t, Format::Contiguous).flatten(2); }
+
+// For every sample w x, w (A, B), x (N, B, H·W)
+Tensor each_product(const Tensor& w, const Tensor& x) { return at::bmm(w.expand({x.size(0), -1, -1}), x); }
+
+constexpr int64_t kPieceRows = 1024;  // a piece has at least so many, enough to be worth a product of its own
+
+// aᵀ b, a (M, A), b (M, B)
+Tensor sum_of_products(const Tensor& a, const Tensor& b) {
+  const int64_t pieces = a.size(0) / kPieceRows;
+  if (pieces < 2) return at::mm(a.t(), b);
+  const int64_t length = a.size(0) / pieces, whole = pieces * length, rest = a.size(0) - whole;
+  const auto split = [&](const Tensor& t) { return t.narrow(0, 0, whole).view({pieces, length, t.size(1)}); };
+  const Tensor sum = at::bmm(split(a).transpose(1, 2), split(b)).sum(0);
+  return rest ? sum.add_(at::mm(a.narrow(0, whole, rest).t(), b.narrow(0, whole, rest))) : sum;
+}
+
+// x as dy: without the pixels that a stride leaves out
+Tensor grad_weight_by_rows(const Tensor& dy, const Tensor& x, const Tensor& weight) {
+  const ConvGeometry g{{1, 1}, {0, 0, 0, 0}, {1, 1}};
+  if (takes_grad_weight_amx(dy, x, weight, g)) return grad_weight_amx(dy, x, weight.sizes(), g);
+  return sum_of_products(rows(dy), rows(x)).view(weight.sizes());
+}
+
+Tensor by_planes(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  const Tensor seen = met(x, g);
+  return each_product(weight.flatten(1), planes(seen)).unflatten(2, seen.sizes().slice(2));
+}
+
+std::tuple<Tensor, Tensor> by_planes_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
+                                              const ConvGeometry& g, bool needs_input, bool needs_weight) {
+  const Tensor seen = met(x, g), dy = planes(grad_output);
+  Tensor grad_input, grad_weight;
+  if (needs_input)
+    grad_input = scattered(each_product(weight.flatten(1).t(), dy).unflatten(2, seen.sizes().slice(2)), x.sizes(), g);
+  if (needs_weight) grad_weight = at::bmm(dy, planes(seen).transpose(1, 2)).sum(0).view(weight.sizes());
+  return {grad_input, grad_weight};
+}
+
+// ---- the rules, by measurements on both sides of each, forward and backward together, on two threads with AMX ----
+
+// The memory format of the arguments and of the computation, and what is a matrix product.
+struct Plan {
+  Format given, format;
+  bool planes = false, rows = false, weight_rows = false;
+};
+
+// The layers for which they were measured.
+bool has_plan(const Tensor& t) {
+  return t.is_cpu() && t.dim() == 4 && t.numel() > 0 && at::globalContext().userEnabledMkldnn() &&
+         (t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16);
+}
+
+Plan plan_product(Format given, bool half, const Tensor& weight, int64_t pixels, bool strided) {
+  // Weights that outweigh half of a sample make its product a thin one; they also make the library slow at dW, where
+  // each of its threads has a copy. In bfloat16 32 channels are one tile.
+  const int64_t out = weight.size(0), in = weight.size(1);
+  const bool thin = 2 * out * in > (out + in) * pixels, wide = std::min(out, in) > 32;
+  if (given == Format::Contiguous && !thin) return {.given = given, .format = given, .planes = true};
+  if (half) return {.given = given, .format = Format::ChannelsLast, .rows = wide && !strided, .weight_rows = wide};
+  return {.given = given, .format = given, .weight_rows = given == Format::ChannelsLast && thin};
+}
+
+Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  const Format given = channels_last(x) || channels_last(weight) ? Format::ChannelsLast : Format::Contiguous;
+  const auto sizes = g.output_sizes(x.sizes(), weight.sizes());
+  const int64_t pixels = sizes[2] * sizes[3];
+  const bool half = x.scalar_type() == at::kBFloat16;
+  if (is_product(weight, g)) return plan_product(given, half, weight, pixels, strided(g));
+  if (half) return {given, Format::ChannelsLast};
+  // In float32 blocks of channels are faster for few pixels, and where a depthwise layer consists of them.
+  if (g.groups == 1 && pixels <= 16) return {given, Format::Contiguous};
+  const bool blocks = g.groups > 1 && g.groups == x.size(1) && g.groups % 16 == 0;
+  return {given, pixels < 256 || blocks ? given : Format::ChannelsLast};
+}
+
+}  // namespace
+
+Tensor planned_convolve(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (!has_plan(x) || weight.numel() == 0) return direct(x, weight, g);
+  const Plan p = plan(x, weight, g);
+  if (p.planes) return by_planes(x, weight, g);
+  if (p.rows) return to_format(from_rows(at::mm(rows(x), weight.flatten(1).t()), x), p.given);
+  return to_format(direct(to_format(x, p.format), to_format(weight, p.format), g), p.given);
+}
+
+std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
+                                                     const ConvGeometry& g, bool needs_input, bool needs_weight) {
+  if (!has_plan(grad_output) || x.numel() == 0 || weight.numel() == 0)
+    return direct_backward(grad_output, x, weight, g, needs_input, needs_weight);
+  const Plan p = plan(x, weight, g);
+  if (p.planes) return by_planes_backward(grad_output, x, weight, g, needs_input, needs_weight);
+  const Tensor dy = to_format(grad_output, p.format);
+  const bool plain_input = needs_input && !p.rows, plain_weight = needs_weight && !p.weight_rows;
+  Tensor dx, dw;
+  if (plain_input || plain_weight) {  // the library takes the format from x, also where it needs no more of x than that
+    const bool has_format = plain_weight || x.is_contiguous(p.format);
+    std::tie(dx, dw) =
+        direct_backward(dy, has_format ? to_format(x, p.format) : at::empty_like(x, p.format),
+                        plain_input ? to_format(weight, p.format) : weight, g, plain_input, plain_weight);
+  }
+  if (needs_input && p.rows) dx = from_rows(at::mm(rows(dy), weight.flatten(1)), dy);
+  if (needs_weight && p.weight_rows) dw = grad_weight_by_rows(dy, to_format(met(x, g), p.format), weight);
+  return {needs_input ? to_format(dx, p.given) : dx, plain_weight ? to_format(dw, weight.suggest_memory_format()) : dw};
+}
+
+}  // namespace convbn

@@ -1,0 +1,128 @@
+"""Convolutions in float32 and bfloat16 on the CPU, on both sides of every rule of csrc/cpu/convolution_plan.cpp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conv_bn_case import Case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import convbn_ext as cb
+
+# One line per reason: what is special about the shape.
+CASES = {
+    "1x1, light weights": ((2, 8, 12, 12), (40, 8, 1, 1), {}),
+    "1x1, weights outweigh half of a sample": ((3, 72, 2, 3), (40, 72, 1, 1), {}),
+    "1x1, just not": ((2, 36, 6, 6), (36, 36, 1, 1), {}),
+    "1x1, thin and narrow": ((3, 40, 2, 2), (24, 40, 1, 1), {}),
+    "1x1, several pieces of rows and a rest": ((701, 40, 2, 2), (48, 40, 1, 1), {}),
+    "1x1, a stride on light weights": ((3, 8, 13, 12), (4, 8, 1, 1), {"stride": 2}),
+    "1x1, a stride on heavy weights": ((3, 40, 7, 6), (48, 40, 1, 1), {"stride": (2, 3)}),
+    "1x1, padding is not a product": ((2, 8, 6, 6), (8, 8, 1, 1), {"padding": 1}),
+    "1x1, on a border of its own": ((2, 8, 6, 6), (8, 8, 1, 1), {"padding": (2, 1), "padding_mode": "circular"}),
+    "1x1, one output channel": ((2, 3, 6, 6), (1, 3, 1, 1), {}),
+    "16 pixels": ((3, 20, 4, 4), (24, 20, 3, 3), {"padding": 1}),
+    "20 pixels": ((3, 20, 5, 4), (24, 20, 3, 3), {"padding": 1}),
+    "255 pixels": ((2, 6, 15, 17), (5, 6, 3, 3), {"padding": 1}),
+    "256 pixels": ((2, 6, 16, 16), (5, 6, 3, 3), {"padding": 1}),
+    "channels and pixels between two tiles": ((2, 37, 17, 19), (21, 37, 3, 3), {"stride": 1}),
+    "depthwise": ((2, 6, 16, 17), (6, 1, 3, 3), {"groups": 6, "padding": 1}),
+    "depthwise, whole blocks": ((2, 16, 16, 17), (16, 1, 3, 3), {"groups": 16, "padding": 1}),
+    "groups, few pixels": ((2, 8, 4, 4), (12, 4, 3, 3), {"groups": 2, "padding": 1}),
+    "dilation": ((2, 6, 17, 17), (5, 6, 3, 3), {"dilation": 2, "padding": 2}),
+    "circular borders": ((2, 6, 17, 17), (5, 6, 3, 3), {"padding": 1, "padding_mode": "circular"}),
+}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = [torch.float32, torch.bfloat16]
+
+cases = pytest.mark.parametrize("name", CASES)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@cases
+@dtypes
+@layouts
+def test_as_accurate_as_torch(name, dtype, layout):
+    shape, weight, geometry = CASES[name]
+    Case(shape, weight, **geometry).check(dtype, LAYOUTS[layout])
+
+
+def training_step(x, weight, grad, **geometry):
+    """Output and gradients of one layer."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    out = cb.conv_bn(x, weight, training=True, activation="silu", **geometry)
+    out.backward(grad.expand_as(out))
+    return out.detach(), x.grad, weight.grad
+
+
+@cases
+@dtypes
+@layouts
+def test_memory_formats_are_those_of_torch(name, dtype, layout):
+    shape, weight_shape, geometry = CASES[name]
+    if name == "1x1, on a border of its own":  # torch.pad forgets the format, and a 1x1 weight has none
+        layout = "contiguous"
+    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+    weight = torch.randn(weight_shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+    out, grad_input, grad_weight = training_step(x, weight, torch.ones((), dtype=dtype), **geometry)
+    assert out.is_contiguous(memory_format=LAYOUTS[layout])
+    assert grad_input.is_contiguous(memory_format=LAYOUTS[layout])
+    assert grad_weight.is_contiguous(memory_format=LAYOUTS[layout])
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    """Odd sizes of every kind pass through the transposition."""
+    draw = lambda low, high, what: data.draw(st.integers(low, high), what)  # noqa: E731
+    kernel, stride = draw(1, 3, "kernel"), draw(1, 2, "stride")
+    shape = (draw(2, 4, "batch"), draw(8, 50, "in"), draw(kernel + 1, 24, "height"), draw(kernel + 1, 24, "width"))
+    case = Case(shape, (draw(1, 50, "out"), shape[1], kernel, kernel), stride=stride, padding=kernel // 2)
+    case.check(data.draw(st.sampled_from(DTYPES), "dtype"), LAYOUTS[data.draw(st.sampled_from([*LAYOUTS]), "layout")])
+
+
+@cases
+@layouts
+def test_views_and_expanded_gradients(name, layout):
+    """Every second channel of a larger tensor, a gradient of stride 0: the same numbers as from dense copies."""
+    shape, weight_shape, geometry = CASES[name]
+    n, c, h, w = shape
+    x = torch.randn(n, 2 * c, h, w).contiguous(memory_format=LAYOUTS[layout])[:, ::2]
+    weight = torch.randn(2 * weight_shape[0], *weight_shape[1:])[::2]
+    views = training_step(x, weight, torch.ones(()), **geometry)
+    x = x.clone(memory_format=LAYOUTS[layout])
+    for a, b in zip(views, training_step(x, weight.contiguous(), torch.ones_like(views[0]), **geometry), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+# In float32 the library's own weight gradient, which other layers take, does depend on the number of threads.
+LIGHT = ["1x1, light weights", "1x1, just not", "1x1, a stride on light weights", "1x1, one output channel"]
+HEAVY = [
+    "1x1, weights outweigh half of a sample",
+    "1x1, several pieces of rows and a rest",
+    "1x1, a stride on heavy weights",
+]
+PRODUCTS = [
+    *((name, torch.float32, "contiguous") for name in LIGHT),
+    *((name, torch.float32, "channels_last") for name in HEAVY),
+    *((name, torch.bfloat16, layout) for name in HEAVY for layout in LAYOUTS),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "layout"), PRODUCTS)
+def test_threads_do_not_change_a_bit(name, dtype, layout):
+    shape, weight_shape, geometry = CASES[name]
+    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+    weight = torch.randn(weight_shape, dtype=dtype)
+    grad = torch.randn(Case(shape, weight_shape, **geometry).grad.shape, dtype=dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(training_step(x, weight, grad, **geometry))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -49,7 +49,7 @@ def test_later_steps_touch_no_fresh_memory(fresh):
 
 
 def two_outputs(size):
-    x, w = torch.randn(4, 4, size, size), torch.randn(16, 4, 1, 1)
+    x, w = torch.randn(16, 4, size, size), torch.randn(16, 4, 1, 1)
     with torch.no_grad():
         return [cb.conv_bn(x, w, training=True) for _ in "ab"]
 
@@ -64,7 +64,7 @@ def test_never_holds_more_than_was_in_use_at_one_time(fresh):
 
 
 def test_tensors_keep_their_values_and_outlive_everything(fresh):
-    x, w = torch.randn(4, 4, 128, 128), torch.randn(8, 4, 1, 1)
+    x, w = torch.randn(16, 4, 128, 128), torch.randn(8, 4, 1, 1)
     with torch.no_grad():
         first = cb.conv_bn(x, w, training=True)
         copy = first.clone()
@@ -85,7 +85,7 @@ def test_nothing_else_comes_from_it(fresh):
 def test_can_be_turned_off():
     code = (
         "import torch, convbn_ext as cb; from convbn_ext import _C\n"
-        "out = cb.conv_bn(torch.randn(4, 4, 128, 128), torch.randn(8, 4, 1, 1), training=True)\n"
+        "out = cb.conv_bn(torch.randn(16, 4, 128, 128), torch.randn(8, 4, 1, 1), training=True)\n"
         "assert _C.pool_bytes() == (0, 0), _C.pool_bytes()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CONVBN_EXT_POOL": "0"}, timeout=120)

@@ -11,6 +11,7 @@ from conv_bn_case import ACTIVATIONS, CASES, DTYPES, MODES, Case, assert_as_accu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import convbn_ext as cb
 from convbn_ext import reference
@@ -202,6 +203,27 @@ def test_threads_do_not_change_a_bit(size, layout):
         torch.set_num_threads(threads)
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "geometry", "expected"),
+    [
+        (torch.float16, 8, {}, "float"),
+        (torch.bfloat16, 8, {}, "c10::BFloat16"),
+        (torch.bfloat16, 1, {"padding": 1, "groups": 8}, "c10::BFloat16"),
+        (torch.bfloat16, 1, {"stride": 2, "groups": 8}, "float"),
+        (torch.bfloat16, 1, {"dilation": 2, "groups": 8}, "float"),
+    ],
+)
+def test_adjoints_for_which_the_library_has_no_vector_code(dtype, channels, geometry, expected):
+    """They are left to its float32 (400 times as fast for a float16 weight gradient)."""
+    x = torch.randn(2, 8, 9, 9, device="cpu").to(dtype).requires_grad_()
+    w = torch.randn(8, channels, 3, 3, device="cpu").to(dtype).requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+        cb.conv_bn(x, w, training=True, **geometry).sum().backward()
+    events = record.profiler.kineto_results.events()
+    assert [e.dtypes()[0] for e in events if e.name() == "aten::convolution_backward"] == [expected]
+    assert x.grad.dtype == w.grad.dtype == dtype
 
 
 @pytest.mark.parametrize(

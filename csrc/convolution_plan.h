@@ -10,4 +10,7 @@ std::tuple<at::Tensor, at::Tensor> planned_convolve_backward(const at::Tensor& g
                                                              const at::Tensor& weight, const ConvGeometry& geometry,
                                                              bool needs_input, bool needs_weight);
 
+// Whether planned_convolve is a matrix product here.
+bool convolves_by_product(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& geometry);
+
 }  // namespace convbn

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cifar", type=Path, help="directory with data_batch_*.bin")
     parser.add_argument("--width", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=6)
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
     images, labels = load(arguments.cifar)
@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> float:
     model, report = cb.fuse(resnet18(int(labels.max()) + 1, arguments.width), report=True)
     print(str(report).splitlines()[0])
     images, model = images.contiguous(memory_format=torch.channels_last), model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+    steps = arguments.epochs * -(-(len(images) - held_out) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=steps)
     for epoch in range(arguments.epochs):
         model.train()
         for batch in torch.randperm(len(images) - held_out).add(held_out).split(64):
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> float:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                schedule.step()
         with torch.no_grad():
             accuracy = (model.eval()(images[:held_out]).argmax(1) == labels[:held_out]).double().mean().item()
         print(f"epoch {epoch + 1}: loss {loss.item():.4f}, accuracy {accuracy:.2%}")

@@ -161,6 +161,12 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
 
 }  // namespace
 
+bool convolves_by_product(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (!has_plan(x) || weight.numel() == 0) return false;
+  const Plan p = plan(x, weight, g);
+  return p.planes || p.rows;
+}
+
 Tensor planned_convolve(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (!has_plan(x) || weight.numel() == 0) return direct(x, weight, g);
   const Plan p = plan(x, weight, g);

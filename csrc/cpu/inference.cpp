@@ -3,6 +3,8 @@
 #include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "../convolution_plan.h"
+
 namespace convbn {
 
 namespace {
@@ -58,13 +60,15 @@ const auto& with_sum() {
 
 bool fuses(const Tensor& input, const Tensor& weight, bool residual, const ConvBnOptions& options) {
   const auto type = input.scalar_type();
-  if (residual && (input.suggest_memory_format() == at::MemoryFormat::Contiguous ||
-                   (options.activation != Activation::identity && options.activation != Activation::relu)))
+  const bool given_contiguous = input.suggest_memory_format() == at::MemoryFormat::Contiguous;
+  if (residual &&
+      (given_contiguous || (options.activation != Activation::identity && options.activation != Activation::relu)))
     return false;
   const auto output_sizes = options.geometry.output_sizes(input.sizes(), weight.sizes());
   return weight.numel() < c10::multiply_integers(output_sizes) && plain() && with_sum() &&
          at::globalContext().userEnabledMkldnn() && input.dim() >= 4 && input.numel() > 0 &&
-         (type == at::kFloat || type == at::kBFloat16) && !library_is_wrong(input, output_sizes.back());
+         (type == at::kFloat || type == at::kBFloat16) && !library_is_wrong(input, output_sizes.back()) &&
+         !(given_contiguous && convolves_by_product(input, weight, options.geometry));
 }
 
 Tensor fused_convolution(const Tensor& input, const Tensor& weight, const Tensor& bias, const OptionalTensor& residual,

@@ -17,11 +17,11 @@ inline int64_t padded_channels(int64_t channels) {
 
 bool amx_available();  // this CPU, this system and ATEN_CPU_CAPABILITY allow it
 
-// y[p, o] = Σ over taps t, channels i of x[p + shifts[t], i]·w[o, t, i] for a stretch of positions.
+// y[p, o] = Σ over taps t, channels i of x[p + shifts[t], i]·w[o, t, i] for a stretch of positions: x_rows[i] points to
+// the channels at position i, from `lead` before y's first to lead behind its last, y_rows[i] to those of the result.
 struct ConvolveChunk {
-  const uint16_t* const*
-      x_rows;               // where the channels at each position are, from `lead` before the first to lead behind
-  uint16_t* const* y_rows;  // where the results go; null: nowhere
+  const uint16_t* const* x_rows;
+  uint16_t* const* y_rows;  // null: nobody wants the result
   int64_t positions, lead;  // of y, a multiple of kTilePositions
   int64_t in_channels, out_channels;
   int64_t taps;

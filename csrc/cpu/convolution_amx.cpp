@@ -3,7 +3,8 @@
 //
 // The images lie on a grid with as many empty cells behind each row (and plane, and image) as the padding is wide; the
 // cells before a row are those behind the last one. So a tap is one shift for all positions, and what falls into an
-// empty cell is zero. A list says for each position where its channels are.
+// empty cell is zero. A list says for each position where its channels are. (For dw an empty cell of dy meets values of
+// x, so an infinite x makes NaN of taps, too, that do not meet it.)
 //
 // Work is cut by the shape alone, into chunks of positions small enough for the L2 cache, times groups of channels. For
 // dw the positions are first cut into slices, whose sums are added at the end, in order.
@@ -31,12 +32,8 @@ constexpr int64_t kMostParts = 2 * (1 << 20);  // floats in all slices' sums
 // The last axes of a tensor, as three.
 struct Sizes : std::array<int64_t, 3> {
   Sizes(IntArrayRef values, int64_t fill) {
-    fill_front(values.size(), fill);
-    std::copy(values.begin(), values.end(), end() - values.size());
+    std::fill(begin(), std::copy_backward(values.begin(), values.end(), end()), fill);
   }
-
- private:
-  void fill_front(size_t given, int64_t value) { std::fill(begin(), end() - given, value); }
 };
 
 struct Grid {

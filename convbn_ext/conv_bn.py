@@ -144,7 +144,7 @@ def conv_bn(
         bn_bias: β, (C_out,).
         running_mean: (C_out,), updated in training as ``(1 − momentum)·running + momentum·batch``.
         running_var: (C_out,), updated likewise, with the unbiased variance.
-        num_batches_tracked: (), an integer; grows by one in training.
+        num_batches_tracked: shape (), grows by one in training.
         training: batch statistics if true; running statistics otherwise.
         momentum: weight of the new batch in the running statistics.
         eps: added to the variance.
@@ -180,6 +180,8 @@ def conv_bn(
         input, weight = input.to(dtype), weight.to(dtype)
         residual = None if residual is None else residual.to(dtype)
     _check_tensors(input, weight, residual, bias, bn_weight, bn_bias, running_mean, running_var)
+    if num_batches_tracked is not None and num_batches_tracked.dim() != 0:
+        raise ValueError(f"conv_bn: num_batches_tracked must have shape (), got {tuple(num_batches_tracked.shape)}")
     # torch.compile looks behind a cache and warns of it
     operator_geometry = _operator_geometry.__wrapped__ if torch.compiler.is_compiling() else _operator_geometry
     geometry = operator_geometry(
@@ -198,10 +200,12 @@ def conv_bn(
     if statistic_groups is not None or (training and process_group is not None):
         if memory != "save":
             raise ValueError(f"conv_bn: memory must be 'save' with norm={norm!r} or a process_group, got {memory!r}")
-        if statistic_groups is not None and not (
-            running_mean is None and running_var is None and process_group is None
-        ):
-            raise ValueError(f"conv_bn: running_mean, running_var and process_group must be None with norm={norm!r}")
+        of_a_batch = running_mean, running_var, num_batches_tracked, process_group
+        if statistic_groups is not None and any(value is not None for value in of_a_batch):
+            raise ValueError(
+                "conv_bn: running_mean, running_var, num_batches_tracked and process_group must be None with "
+                f"norm={norm!r}"
+            )
         options = Normalisation(statistic_groups, process_group, eps, *act)
         added, cancelled = (None, bias) if statistic_groups is None else (bias, None)
         added = None if added is None else added.to(input.dtype)

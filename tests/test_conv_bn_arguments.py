@@ -28,6 +28,7 @@ BAD = {
     "the kernel does not fit": {"weight": (4, 3, 9, 9)},
     "bn_weight must have shape (4,)": {"bn_weight": torch.ones(5)},
     "running_mean must have shape (4,)": {"running_mean": torch.ones(3)},
+    "num_batches_tracked must have shape (), got (0,)": {"num_batches_tracked": torch.empty(0).long(), "training": True},
     "bias must have shape (4,)": {"bias": torch.ones(1, 4)},
     "residual must have the output's shape": {"residual": torch.ones(2, 4, 8, 8)},
     "training needs more than one value per channel": {"input": (1, 3, 3, 3), "training": True},
@@ -62,6 +63,15 @@ def test_bad_input(message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011  (the message is compared below)
         cb.conv_bn(**arguments)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("count", [torch.tensor(3), torch.tensor(3.0)])
+def test_the_batch_is_counted_in_training_alone(count):
+    count, layer = count.clone(), cb.ConvBN2d(3, 4, 3)
+    given = {"running_mean": layer.bn.running_mean, "running_var": layer.bn.running_var, "num_batches_tracked": count}
+    for training, expected in ((False, 3), (True, 4)):
+        cb.conv_bn(torch.randn(2, 3, 5, 5), layer.conv.weight, training=training, **given)
+        assert count == expected
 
 
 def test_a_failed_call_changes_no_state():

@@ -28,7 +28,10 @@ BAD = {
     "the kernel does not fit": {"weight": (4, 3, 9, 9)},
     "bn_weight must have shape (4,)": {"bn_weight": torch.ones(5)},
     "running_mean must have shape (4,)": {"running_mean": torch.ones(3)},
-    "num_batches_tracked must have shape (), got (0,)": {"num_batches_tracked": torch.empty(0).long(), "training": True},
+    "num_batches_tracked must have shape (), got (0,)": {
+        "num_batches_tracked": torch.empty(0).long(),
+        "training": True,
+    },
     "bias must have shape (4,)": {"bias": torch.ones(1, 4)},
     "residual must have the output's shape": {"residual": torch.ones(2, 4, 8, 8)},
     "training needs more than one value per channel": {"input": (1, 3, 3, 3), "training": True},

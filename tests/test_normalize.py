@@ -134,7 +134,8 @@ def test_bad_input():
         cb.conv_bn(x, weight, norm="group", num_groups=4)
     with pytest.raises(ValueError, match="num_groups must be given with norm='group' alone, got None with 'group'"):
         cb.conv_bn(x, weight, norm="group")
-    with pytest.raises(ValueError, match="running_mean, running_var, num_batches_tracked and process_group must be"):
+    refused = "running_mean, running_var, num_batches_tracked and process_group must be None with norm='layer'"
+    with pytest.raises(ValueError, match=refused):
         cb.conv_bn(x, weight, norm="layer", running_mean=vectors[0].detach(), running_var=vectors[0].detach())
     with pytest.raises(ValueError, match="memory must be 'save' with norm='layer' or a process_group, got 'invert'"):
         cb.conv_bn(x, weight, norm="layer", memory="invert")

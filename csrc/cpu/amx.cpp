@@ -1,9 +1,8 @@
 #include "amx.h"
 
-#include <ATen/Version.h>
 #include <ATen/cpu/Utils.h>
 
-#include <string>
+#include "isa.h"
 
 #if defined(__x86_64__) && __has_include(<amxbf16intrin.h>)
 #include <cpuid.h>
@@ -16,7 +15,7 @@ bool amx_available() {
     unsigned a, b, c, d;
     constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
     const bool cpu = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tile);
-    return cpu && std::string(at::get_cpu_capability()).starts_with("AVX512") && at::cpu::init_amx();
+    return cpu && best_of(false, false, true) && at::cpu::init_amx();
   }();
   return available;
 }
@@ -31,6 +30,11 @@ bool amx_available() {
 
 namespace {
 
+enum { kWordBytes = 64 };
+#include "transpose.inl"
+
+using Words = Tile<uint32_t, 16>;  // 16 × 16, transposed in registers
+
 // All eight tiles 16 rows of 64 bytes, while one of these lives.
 struct Tiles {
   Tiles() {
@@ -43,6 +47,36 @@ struct Tiles {
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
+
+  // Tiles 0 to 3 are a result of 32 × 32, rows `stride` bytes apart; 4 and 5 its rows' operand, 6 and 7 its columns'.
+  static void clear() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  static void load(const float* c0, const float* c1, int stride) {
+    _tile_loadd(0, c0, stride);
+    _tile_loadd(1, c0 + 16, stride);
+    _tile_loadd(2, c1, stride);
+    _tile_loadd(3, c1 + 16, stride);
+  }
+  static void store(float* c0, float* c1, int stride) {
+    _tile_stored(0, c0, stride);
+    _tile_stored(1, c0 + 16, stride);
+    _tile_stored(2, c1, stride);
+    _tile_stored(3, c1 + 16, stride);
+  }
+  static void add_product(const uint16_t* a0, const uint16_t* a1, int stride, const uint32_t* b0, const uint32_t* b1) {
+    _tile_loadd(4, a0, stride);
+    _tile_loadd(6, b0, 64);
+    _tile_loadd(7, b1, 64);
+    _tile_loadd(5, a1, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
 };
 
 // Two rows of up to 32 channels as 32 pairs (a, b).
@@ -54,38 +88,16 @@ struct Interleave {
       for (int half = 0; half < 2; ++half) index[half][i] = static_cast<uint16_t>(16 * half + i / 2 + i % 2 * 32);
     low = _mm512_load_si512(index[0]), high = _mm512_load_si512(index[1]);
   }
-  void operator()(const uint16_t* a, const uint16_t* b, __mmask32 of_a, __mmask32 of_b, __m512i& first,
-                  __m512i& second) const {
+  template <class Vector>
+  void operator()(const uint16_t* a, const uint16_t* b, __mmask32 of_a, __mmask32 of_b, Vector& first,
+                  Vector& second) const {
     const __m512i x = _mm512_maskz_loadu_epi16(of_a, a), y = _mm512_maskz_loadu_epi16(of_b, b);
-    first = _mm512_permutex2var_epi16(x, low, y);
-    second = _mm512_permutex2var_epi16(x, high, y);
+    first = (Vector)_mm512_permutex2var_epi16(x, low, y);
+    second = (Vector)_mm512_permutex2var_epi16(x, high, y);
   }
 };
 
 __mmask32 lanes(int64_t left) { return left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1; }
-
-// 16 × 16 words
-void transpose(__m512i* r) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int k = 0; k < 2; ++k) {
-      r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
-      r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
-    }
-  for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 2; ++k) {  // 128-bit quarters: even ones, odd ones
-      t[8 * k + i] = _mm512_shuffle_i32x4(r[8 * k + i], r[8 * k + 4 + i], 0x88);
-      t[8 * k + 4 + i] = _mm512_shuffle_i32x4(r[8 * k + i], r[8 * k + 4 + i], 0xdd);
-    }
-  for (int i = 0; i < 8; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-  }
-}
 
 // [channels / 16][pairs][16] pairs of positions
 void pack_pairs(const uint16_t* const* rows, int64_t pairs, int64_t channels, uint32_t* out) {
@@ -105,14 +117,14 @@ void pack_transposed(const uint16_t* const* rows, int64_t positions, int64_t cha
   const Interleave interleave;
   for (int64_t p = 0; p < positions; p += 32)
     for (int64_t c = 0; c < channels; c += 32) {
-      __m512i first[16], second[16];
+      Words::row first[16], second[16];
       const __mmask32 mask = lanes(channels - c);
       for (int i = 0; i < 16; ++i)
         interleave(rows[p + 2 * i] + c, rows[p + 2 * i + 1] + c, mask, mask, first[i], second[i]);
-      transpose(first), transpose(second);
+      Words::exchange<1>(first), Words::exchange<1>(second);
       for (int i = 0; i < 16; ++i) {
-        _mm512_storeu_si512(out + (c + i) * pitch + p, first[i]);
-        _mm512_storeu_si512(out + (c + 16 + i) * pitch + p, second[i]);
+        _mm512_storeu_si512(out + (c + i) * pitch + p, (__m512i)first[i]);
+        _mm512_storeu_si512(out + (c + 16 + i) * pitch + p, (__m512i)second[i]);
       }
     }
 }
@@ -147,10 +159,12 @@ void amx_pack_weight(const uint16_t* weight, int64_t out_channels, int64_t taps,
         }
       } else {
         for (int64_t half = 0; half < 32; half += 16) {
-          __m512i words[16];
-          for (int r = 0; r < 16; ++r) words[r] = _mm512_maskz_loadu_epi16(mask(half + r), source(half + r));
-          transpose(words);
-          for (int r = 0; r < 16; ++r) _mm512_store_si512(tile(o + half, tap, i, in_channels) + 16 * r, words[r]);
+          Words::row words[16];
+          for (int r = 0; r < 16; ++r)
+            words[r] = (Words::row)_mm512_maskz_loadu_epi16(mask(half + r), source(half + r));
+          Words::exchange<1>(words);
+          for (int r = 0; r < 16; ++r)
+            _mm512_store_si512(tile(o + half, tap, i, in_channels) + 16 * r, (__m512i)words[r]);
         }
       }
     }
@@ -168,28 +182,14 @@ void amx_convolve(const ConvolveChunk& k) {
   for (int64_t o = 0; o < k.out_channels; o += kTileChannels)
     for (int64_t p = 0; p < k.positions; p += kTilePositions) {
       const uint32_t *b0 = k.weight + o / 16 * tile_column, *b1 = b0 + tile_column;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      Tiles::clear();
       for (int64_t tap = 0; tap < k.taps; ++tap) {
         const uint16_t* a0 = k.copy + (p + k.lead + k.shifts[tap]) * columns;
         const uint16_t* a1 = a0 + 16 * columns;
-        for (int64_t block = 0; block < blocks; ++block, a0 += 32, a1 += 32, b0 += 256, b1 += 256) {
-          _tile_loadd(4, a0, a_stride);
-          _tile_loadd(6, b0, 64);
-          _tile_loadd(7, b1, 64);
-          _tile_loadd(5, a1, a_stride);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+        for (int64_t block = 0; block < blocks; ++block, a0 += 32, a1 += 32, b0 += 256, b1 += 256)
+          Tiles::add_product(a0, a1, a_stride, b0, b1);
       }
-      _tile_stored(0, results[0], c_stride);
-      _tile_stored(1, results[0] + 16, c_stride);
-      _tile_stored(2, results[16], c_stride);
-      _tile_stored(3, results[16] + 16, c_stride);
+      Tiles::store(results[0], results[16], c_stride);
       const __mmask32 mask = lanes(k.out_channels - o);
       for (int64_t r = 0; r < kTilePositions; ++r)
         if (uint16_t* const y = k.y_rows[p + r])
@@ -214,31 +214,10 @@ void amx_grad_weight(const GradWeightChunk& k, float* dw) {
         const uint32_t* b1 = b0 + 16 * pairs;
         const uint16_t *a0 = k.transposed + row * pitch, *a1 = a0 + 16 * pitch;
         float *c0 = dw + row * ld + tap * columns + column, *c1 = c0 + 16 * ld;
-        if (k.first) {
-          _tile_zero(0);
-          _tile_zero(1);
-          _tile_zero(2);
-          _tile_zero(3);
-        } else {
-          _tile_loadd(0, c0, c_stride);
-          _tile_loadd(1, c0 + 16, c_stride);
-          _tile_loadd(2, c1, c_stride);
-          _tile_loadd(3, c1 + 16, c_stride);
-        }
-        for (int64_t p = 0; p < k.positions; p += kTilePositions) {
-          _tile_loadd(4, a0 + p, a_stride);
-          _tile_loadd(6, b0 + 8 * p, 64);
-          _tile_loadd(7, b1 + 8 * p, 64);
-          _tile_loadd(5, a1 + p, a_stride);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, c0, c_stride);
-        _tile_stored(1, c0 + 16, c_stride);
-        _tile_stored(2, c1, c_stride);
-        _tile_stored(3, c1 + 16, c_stride);
+        k.first ? Tiles::clear() : Tiles::load(c0, c1, c_stride);
+        for (int64_t p = 0; p < k.positions; p += kTilePositions)
+          Tiles::add_product(a0 + p, a1 + p, a_stride, b0 + 8 * p, b1 + 8 * p);
+        Tiles::store(c0, c1, c_stride);
       }
 }
 

@@ -91,10 +91,10 @@ at::MemoryFormat channels_last(const ConvGeometry& g) {
 // Whether the kernels can do it: sizes of x and y, w as it is.
 bool possible(const Tensor& like, IntArrayRef input, IntArrayRef output, const Tensor& weight, const ConvGeometry& g) {
   const auto one = [](int64_t stride) { return stride == 1; };
-  return like.is_cpu() && like.scalar_type() == at::kBFloat16 && g.axes() >= 2 && g.groups == 1 &&
+  return like.is_cpu() && like.scalar_type() == at::kBFloat16 && amx_available() && g.axes() >= 2 && g.groups == 1 &&
          std::all_of(g.stride.begin(), g.stride.end(), one) && like.is_contiguous(channels_last(g)) &&
          like.numel() > 0 && weight.size(0) >= 32 && weight.size(1) >= 32 &&
-         Grid(input, output, weight.sizes(), g).lead <= kMostPositions && amx_available();
+         Grid(input, output, weight.sizes(), g).lead <= kMostPositions;
 }
 
 // out = data ⋆ weight or, for the adjoint, its transpose; data and out at the sizes of x and y or the other way round.

@@ -64,7 +64,7 @@ bool library_is_wrong(const Tensor& like, int64_t last_output_size) {
 namespace {
 
 // Nor has oneDNN vector code for these adjoints: float16's, and bfloat16's of depthwise layers with a stride, a
-// dilation or another kernel than 3. Its loops take 5 to 400 times as long as float32 with the conversions.
+// dilation or another kernel than 3. Its loops take many times as long as float32 with the conversions.
 bool library_is_slow(const Tensor& grad_output, const Tensor& weight, const ConvGeometry& g) {
   if (!grad_output.is_cpu() || !at::isReducedFloatingType(grad_output.scalar_type())) return false;
   const auto all = [](IntArrayRef values, int64_t x) {

@@ -216,7 +216,7 @@ def test_threads_do_not_change_a_bit(size, layout):
     ],
 )
 def test_adjoints_for_which_the_library_has_no_vector_code(dtype, channels, geometry, expected):
-    """They are left to its float32 (400 times as fast for a float16 weight gradient)."""
+    """They are left to its float32."""
     x = torch.randn(2, 8, 9, 9, device="cpu").to(dtype).requires_grad_()
     w = torch.randn(8, channels, 3, 3, device="cpu").to(dtype).requires_grad_()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:

@@ -73,9 +73,12 @@ struct BnBackward : BnForward {
 //   // only where there is something better than convolution and apply; an undefined result: not for this call
 //   static Tensor infer(input, weight, const BnForward&, residual, options);  // act((s·w) ⋆ x + (β − s·μ) + residual)
 // };
-// A backend may also have a convolution of its own, for the layers that it accepts; dy is never stored there:
+// A backend may also have a convolution of its own, for the layers that it accepts; dy is never stored whole there:
 //   static bool own_convolution(const Tensor& input, const Tensor& weight, const ConvGeometry&);
 //   static Tensor convolve(input, weight, geometry, Tensor* mean, Tensor* var);                  // null: not asked for
+//   static std::tuple<Tensor, Tensor> convolve_backward(const BnBackward&, a, b, c, input, weight, geometry,  // dx, dw
+//                                                       needs_input, needs_weight, const Tensor& grad_residual);
+// or, where the sums of the backward pass come with the products that dw is made of:
 //   static Tensor prepare_products(BnBackward&, bool needs_residual);   // to what the next two take; grad_residual
 //   // Σg, Σg·(y − μ) in one pass over y, grad and x, and what dw is made of once b and c are known
 //   static std::tuple<Tensor, Tensor, Tensor> backward_reduce_products(const BnBackward&, input, weight, geometry);
@@ -84,6 +87,8 @@ struct BnBackward : BnForward {
 //                                                       needs_input);
 template <class Kernels>
 concept HasConvolution = requires { &Kernels::own_convolution; };
+template <class Kernels>
+concept HasProducts = requires { &Kernels::backward_reduce_products; };
 
 // μ and σ² of running statistics; the bias moves μ.
 std::tuple<at::Tensor, at::Tensor> frozen_statistics(const at::Tensor& running_mean, const at::Tensor& running_var,
@@ -226,17 +231,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
   bool own = false, own_weight = false;  // convolution: any of its gradients, that of the weight
   if constexpr (HasConvolution<Kernels>) {
     own = needs_convolution && Kernels::own_convolution(input, weight, options.geometry);
-    own_weight = own && needs_weight;
-    if (own) {
-      const at::Tensor g = Kernels::prepare_products(bn, needs_residual);
-      if (g.defined()) grad_residual = g;
+    if constexpr (HasProducts<Kernels>) {
+      own_weight = own && needs_weight;
+      if (own) {
+        const at::Tensor g = Kernels::prepare_products(bn, needs_residual);
+        if (g.defined()) grad_residual = g;
+      }
+    } else {
+      own = own && bn.y.is_contiguous(at::MemoryFormat::ChannelsLast);
     }
   }
   at::Tensor products;
   BnParameterGradients parameters;
   if (needs_bn_weight || needs_bn_bias || (training && needs_convolution) || own_weight) {
     at::Tensor sum_g, sum_gd;
-    if constexpr (HasConvolution<Kernels>) {
+    if constexpr (HasProducts<Kernels>) {
       if (own_weight)
         std::tie(sum_g, sum_gd, products) = Kernels::backward_reduce_products(bn, input, weight, options.geometry);
     }
@@ -254,8 +263,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
     if (!training || !b.defined()) b = c = bn_shift(mean, std::nullopt);  // zeros
     if constexpr (HasConvolution<Kernels>) {
       if (own) {
-        const auto [dx, dw] =
-            Kernels::backward_convolve(bn, bn.scale, b, c, input, weight, options.geometry, products, needs_input);
+        at::Tensor dx, dw;
+        if constexpr (HasProducts<Kernels>) {
+          std::tie(dx, dw) =
+              Kernels::backward_convolve(bn, bn.scale, b, c, input, weight, options.geometry, products, needs_input);
+        } else {
+          if (needs_residual) grad_residual = at::empty_like(bn.y);
+          std::tie(dx, dw) =
+              Kernels::convolve_backward(bn, bn.scale, b, c, input, weight, options.geometry, needs_input, needs_weight,
+                                         needs_residual ? grad_residual : at::Tensor());
+        }
         return {needs_input ? dx : none, needs_weight ? dw : none, grad_bn_weight, grad_bn_bias, grad_residual};
       }
     }

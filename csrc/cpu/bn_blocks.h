@@ -29,7 +29,8 @@ class Blocks {
     int64_t sample, samples, plane, planes, element, elements;
   };
 
-  explicit Blocks(const at::Tensor& y) {
+  // With image rows of `row` elements a channels_last y is cut between them.
+  explicit Blocks(const at::Tensor& y, int64_t row = 0) {
     channels = y.size(1);
     N_ = y.size(0), P_ = channels, S_ = y.numel() / std::max<int64_t>(1, N_ * P_);
     if (S_ == 1 || P_ == 1 || !y.is_contiguous()) {  // channels_last, also where both layouts are the same
@@ -37,7 +38,8 @@ class Blocks {
       per_plane = width = channels;
       if (channels < 256) width *= 16 / std::gcd<int64_t>(channels, 16);  // odd C: rows side by side fill the vectors
       while (width < 64) width *= 2;
-      elements_ = std::max(width, std::max(kBlockElements, kMinBlockRows * channels) / width * width);
+      if (row == 0) row = width;
+      elements_ = std::max(row, std::max(kBlockElements, kMinBlockRows * channels) / row * row);
     } else {
       elements_ = kBlockElements;
       planes_ = kLanesMost / std::gcd(S_, kLanesMost);  // whole vectors

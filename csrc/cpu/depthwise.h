@@ -1,0 +1,13 @@
+// Depthwise convolution of channels_last images, every channel by itself.
+#pragma once
+#include "rows_convolution.h"
+
+namespace convbn {
+
+bool takes_depthwise(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& geometry);
+
+template <typename scalar_t>
+std::unique_ptr<RowsConvolution<scalar_t>> make_depthwise(at::IntArrayRef input, const at::Tensor& weight,
+                                                          const ConvGeometry& geometry);
+
+}  // namespace convbn

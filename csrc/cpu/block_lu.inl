@@ -2,46 +2,14 @@
 //
 // Matrices are row-major and their row stride is a multiple of eight: rows are whole registers, zero beyond the matrix.
 
-typedef double word __attribute__((vector_size(kWordBytes), aligned(sizeof(double)), may_alias));
-constexpr int kLanes = kWordBytes / sizeof(double), kTileRows = 6, kPivots = 16;
-constexpr int kTileWords = kWordBytes == 64 ? 4 : 2;  // registers in a row of a tile, of 32 or 16
+#include "multiply.inl"
 
-// C ← A B, or C + A B with `add`, for rows × words·kLanes entries of C that stay in registers; A has strides (rs, cs).
-template <int rows, int words>
-static inline void multiply_tile(const double* A, int64_t rs, int64_t cs, const double* B, int64_t ldb, double* C,
-                                 int64_t ldc, int64_t K, bool add) {
-  word sum[rows][words] = {};
-  if (add)
-    for (int i = 0; i < rows; ++i)
-      for (int w = 0; w < words; ++w) sum[i][w] = *(const word*)(C + i * ldc + w * kLanes);
-  for (int64_t k = 0; k < K; ++k) {
-    word b[words];
-    for (int w = 0; w < words; ++w) b[w] = *(const word*)(B + k * ldb + w * kLanes);
-    for (int i = 0; i < rows; ++i)
-      for (int w = 0; w < words; ++w) sum[i][w] += A[i * rs + k * cs] * b[w];
-  }
-  for (int i = 0; i < rows; ++i)
-    for (int w = 0; w < words; ++w) *(word*)(C + i * ldc + w * kLanes) = sum[i][w];
-}
+typedef Product<double>::word word;
+constexpr int kLanes = kWordBytes / sizeof(double), kPivots = 16;
 
-template <int words>
-static void multiply_columns(const double* A, int64_t rs, int64_t cs, const double* B, int64_t ldb, double* C,
-                             int64_t ldc, int64_t M, int64_t K, bool add) {
-  constexpr int kRows = words == 1 ? 2 * kTileRows : kTileRows;  // enough sums to hide the latency of their additions
-  int64_t i = 0;
-  for (; i + kRows <= M; i += kRows) multiply_tile<kRows, words>(A + i * rs, rs, cs, B, ldb, C + i * ldc, ldc, K, add);
-  for (; i + 4 <= M; i += 4) multiply_tile<4, words>(A + i * rs, rs, cs, B, ldb, C + i * ldc, ldc, K, add);
-  for (; i < M; ++i) multiply_tile<1, words>(A + i * rs, rs, cs, B, ldb, C + i * ldc, ldc, K, add);
-}
-
-// C (M, N) ← A (M, K) B (K, N), or C + A B; N a multiple of eight. The sums run over k in order whatever N is.
 static void multiply(const double* A, int64_t rs, int64_t cs, const double* B, int64_t ldb, double* C, int64_t ldc,
                      int64_t M, int64_t N, int64_t K, bool add) {
-  int64_t j = 0;
-  for (; j + kTileWords * kLanes <= N; j += kTileWords * kLanes)
-    multiply_columns<kTileWords>(A, rs, cs, B + j, ldb, C + j, ldc, M, K, add);
-  for (; j + 2 * kLanes <= N; j += 2 * kLanes) multiply_columns<2>(A, rs, cs, B + j, ldb, C + j, ldc, M, K, add);
-  for (; j < N; j += kLanes) multiply_columns<1>(A, rs, cs, B + j, ldb, C + j, ldc, M, K, add);
+  Product<double>::multiply(A, rs, cs, B, ldb, C, ldc, M, N, K, add);
 }
 
 // y ← y − Σ_e value[e] X[column[e], :] for one row of a sparse matrix; X and y have N columns, a multiple of eight.

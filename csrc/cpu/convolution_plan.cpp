@@ -7,8 +7,8 @@
 //   Pieces and samples are computed each by itself and added in order, whatever the number of threads. A stride leaves
 //   out pixels before the product.
 //
-//   Everything else: our AMX kernels want channels_last; the library computes in channels_last or in blocks of 16
-//   channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does.
+//   Everything else: our AMX and Winograd kernels want channels_last; the library computes in channels_last or in
+//   blocks of 16 channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does.
 //
 // Every way takes and gives the memory format that torch's convolution would.
 #include "../convolution_plan.h"
@@ -17,6 +17,7 @@
 
 #include "convolution_amx.h"
 #include "memory_format.h"
+#include "winograd.h"
 
 namespace convbn {
 
@@ -33,14 +34,18 @@ bool channels_last(const Tensor& t) { return t.suggest_memory_format() == Format
 Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (takes_convolve_amx(x, weight, x.sizes(), g.output_sizes(x.sizes(), weight.sizes()), g))
     return convolve_amx(x, weight, g);
+  if (takes_winograd(x, x.sizes(), weight.sizes(), g)) return convolve_winograd(x, weight, g);
   const std::vector<int64_t> zero(g.axes(), 0);
   return at::convolution(x, weight, {}, g.stride, library_padding(g), g.dilation, /*transposed=*/false, zero, g.groups);
 }
 
 std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                            const ConvGeometry& g, bool needs_input, bool needs_weight) {
-  const bool own_input = needs_input && takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g);
-  const bool own_weight = needs_weight && takes_grad_weight_amx(grad_output, x, weight, g);
+  const bool winograd = takes_winograd(grad_output, x.sizes(), weight.sizes(), g);
+  const bool winograd_weight = winograd && takes_winograd(x, x.sizes(), weight.sizes(), g);
+  const bool own_input =
+      needs_input && (winograd || takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g));
+  const bool own_weight = needs_weight && (winograd_weight || takes_grad_weight_amx(grad_output, x, weight, g));
   const std::array<bool, 3> library{needs_input && !own_input, needs_weight && !own_weight, false};
   const std::vector<int64_t> zero(g.axes(), 0);
   Tensor grad_input, grad_weight;
@@ -48,8 +53,9 @@ std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tens
     std::tie(grad_input, grad_weight, std::ignore) =
         at::convolution_backward(grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g),
                                  g.dilation, /*transposed=*/false, zero, g.groups, library);
-  if (own_input) grad_input = grad_input_amx(grad_output, weight, x.sizes(), g);
-  if (own_weight) grad_weight = grad_weight_amx(grad_output, x, weight.sizes(), g);
+  if (own_input) grad_input = (winograd ? grad_input_winograd : grad_input_amx)(grad_output, weight, x.sizes(), g);
+  if (own_weight)
+    grad_weight = (winograd_weight ? grad_weight_winograd : grad_weight_amx)(grad_output, x, weight.sizes(), g);
   return {grad_input, grad_weight};
 }
 
@@ -153,6 +159,7 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   const bool half = x.scalar_type() == at::kBFloat16;
   if (is_product(weight, g)) return plan_product(given, half, weight, pixels, strided(g));
   if (half) return {given, Format::ChannelsLast};
+  if (suits_winograd(x.sizes(), weight.sizes(), g)) return {given, Format::ChannelsLast};
   // In float32 blocks of channels are faster for few pixels, and where a depthwise layer consists of them.
   if (g.groups == 1 && pixels <= 16) return {given, Format::Contiguous};
   const bool blocks = g.groups > 1 && g.groups == x.size(1) && g.groups % 16 == 0;

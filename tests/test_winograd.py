@@ -1,0 +1,155 @@
+"""float32 convolutions by Winograd's algorithm (csrc/cpu/winograd.cpp) against float64 and torch's own error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conv_bn_case import assert_as_accurate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+import convbn_ext as cb
+
+pytestmark = pytest.mark.skipif(os.environ.get("CONVBN_EXT_WINOGRAD") == "0", reason="CONVBN_EXT_WINOGRAD=0")
+
+# One line per reason: what is special about the shape.
+CASES = {
+    "one chunk": ((2, 32, 12, 12), (32, 32, 3, 3), {"padding": 1}),
+    "the last tile is half empty": ((9, 32, 7, 7), (32, 32, 3, 3), {"padding": 1}),
+    "several chunks, several slices": ((3, 64, 40, 40), (64, 64, 3, 3), {"padding": 1}),
+    "blocks of output channels, the last narrower": ((2, 32, 16, 16), (208, 32, 3, 3), {"padding": 1}),
+    "a narrow block alone": ((2, 64, 16, 16), (48, 64, 3, 3), {"padding": 1}),
+    "many channels, small chunks": ((7, 368, 8, 8), (32, 368, 3, 3), {"padding": 1}),
+    "no padding": ((3, 32, 14, 12), (32, 32, 3, 3), {}),
+    "full padding": ((2, 32, 10, 12), (32, 32, 3, 3), {"padding": 2}),
+    "unequal axes": ((2, 32, 10, 24), (48, 32, 3, 3), {"padding": (0, 2)}),
+    "circular": ((2, 32, 12, 12), (32, 32, 3, 3), {"padding": 1, "padding_mode": "circular"}),
+    "2x2 images": ((40, 32, 2, 2), (32, 32, 3, 3), {"padding": 1}),
+}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+
+def gradients(x, weight, grad, **geometry):
+    """Output, dx and dw of the layer whose batch normalisation does nothing."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    channels = weight.shape[0]
+    out = cb.conv_bn(x, weight, running_mean=torch.zeros(channels), running_var=torch.ones(channels), eps=0, **geometry)
+    out.backward(grad)
+    return out.detach(), x.grad, weight.grad
+
+
+def torch_gradients(x, weight, grad, *, padding=0, padding_mode="zeros"):
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    rows, columns = (padding, padding) if isinstance(padding, int) else padding
+    padded = F.pad(x, (columns, columns, rows, rows), "constant" if padding_mode == "zeros" else padding_mode)
+    out = F.conv2d(padded, weight)
+    out.backward(grad)
+    return out.detach(), x.grad, weight.grad
+
+
+def tensors(shape, weight, layout, *, padding=0, **_):
+    """Numbers that float32 has to round when it adds them."""
+    rows, columns = (padding, padding) if isinstance(padding, int) else padding
+    out = (shape[0], weight[0], shape[2] + 2 * rows - 2, shape[3] + 2 * columns - 2)
+    g = torch.Generator().manual_seed(0)
+    x, w, grad = (torch.randn(s, generator=g) for s in (shape, weight, out))
+    return x.contiguous(memory_format=LAYOUTS[layout]), w, grad.contiguous(memory_format=LAYOUTS[layout])
+
+
+def check(shape, weight, layout, **geometry):
+    values = tensors(shape, weight, layout, **geometry)
+    exact = torch_gradients(*(t.double() for t in values), **geometry)
+    theirs, ours = torch_gradients(*values, **geometry), gradients(*values, **geometry)
+    for what, our, their, wanted in zip(("out", "dx", "dw"), ours, theirs, exact, strict=True):
+        assert_as_accurate(our, their, wanted, torch.float32, what)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_as_accurate_as_torch(name, layout):
+    shape, weight, geometry = CASES[name]
+    check(shape, weight, layout, **geometry)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    draw = lambda low, high, what: data.draw(st.integers(low, high), what)  # noqa: E731
+    size, padding = (draw(8, 19, "height"), draw(8, 19, "width")), (draw(0, 2, "rows"), draw(0, 2, "columns"))
+    c_in, c_out = 16 * draw(2, 7, "in"), 16 * draw(2, 7, "out")
+    check((draw(2, 6, "batch"), c_in, *size), (c_out, c_in, 3, 3), "channels_last", padding=padding)
+
+
+@pytest.mark.parametrize("name", ["several chunks, several slices", "blocks of output channels, the last narrower"])
+def test_threads_do_not_change_a_bit(name):
+    shape, weight, geometry = CASES[name]
+    values, threads = tensors(shape, weight, "channels_last", **geometry), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(gradients(*values, **geometry))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, three in zip(*results, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def test_samples_do_not_depend_on_each_other():
+    """A sample alone, or beside one that is not finite, is what it is in the batch."""
+    x, weight = torch.randn(9, 32, 15, 15).to(memory_format=torch.channels_last), torch.randn(32, 32, 3, 3)
+    layer = lambda x: cb.conv_bn(  # noqa: E731
+        x, weight, running_mean=torch.zeros(32), running_var=torch.ones(32), padding=1
+    )
+    out = layer(x)
+    assert torch.equal(out[4:6], layer(x[4:6]))
+    x[3] = float("nan")
+    assert torch.equal(out[4:], layer(x)[4:])
+
+
+@pytest.mark.parametrize(
+    ("taken", "shape", "weight", "geometry"),
+    [
+        (True, (2, 32, 12, 12), (32, 32, 3, 3), {"padding": 1}),
+        (True, (16, 32, 7, 7), (32, 32, 3, 3), {"padding": 1}),
+        (False, (4, 32, 7, 7), (32, 32, 3, 3), {"padding": 1}),  # the weight's transform outweighs the tiles
+        (False, (64, 32, 3, 3), (32, 32, 3, 3), {"padding": 1}),  # tiles are mostly border
+        (False, (64, 32, 1, 24), (32, 32, 3, 3), {"padding": 1}),
+        (False, (2, 16, 12, 12), (32, 16, 3, 3), {"padding": 1}),
+        (False, (2, 40, 12, 12), (32, 40, 3, 3), {"padding": 1}),
+        (False, (2, 32, 12, 12), (32, 32, 3, 3), {"padding": 3}),
+        (False, (2, 32, 24, 24), (32, 32, 3, 3), {"padding": 1, "stride": 2}),
+        (False, (2, 32, 12, 12), (32, 32, 3, 3), {"padding": 2, "dilation": 2}),
+        (False, (2, 64, 12, 12), (64, 32, 3, 3), {"padding": 1, "groups": 2}),
+        (False, (2, 32, 12, 12), (32, 32, 5, 5), {"padding": 2}),
+    ],
+)
+def test_which_layers_take_it(taken, shape, weight, geometry):
+    """What is taken does not reach torch's convolution."""
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+    w = torch.randn(weight).requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        cb.conv_bn(x, w, training=True, **geometry).sum().backward()
+    names = [event.name for event in record.events()]
+    assert ("aten::convolution" not in names) == taken
+    assert ("aten::convolution_backward" not in names) == taken
+
+
+def test_it_can_be_turned_off():
+    code = """
+import torch, convbn_ext as cb
+from torch.profiler import ProfilerActivity, profile
+x = torch.randn(2, 32, 12, 12).contiguous(memory_format=torch.channels_last)
+with profile(activities=[ProfilerActivity.CPU]) as record:
+    cb.conv_bn(x, torch.randn(32, 32, 3, 3), training=True, padding=1)
+assert "aten::convolution" in [event.name for event in record.events()]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CONVBN_EXT_WINOGRAD": "0"}, timeout=120)

@@ -152,4 +152,5 @@ with profile(activities=[ProfilerActivity.CPU]) as record:
     cb.conv_bn(x, torch.randn(32, 32, 3, 3), training=True, padding=1)
 assert "aten::convolution" in [event.name for event in record.events()]
 """
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "CONVBN_EXT_WINOGRAD": "0"}, timeout=120)
+    env = {**os.environ, "CONVBN_EXT_WINOGRAD": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, timeout=120)

@@ -35,7 +35,6 @@ CASES = {
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-
 def gradients(x, weight, grad, **geometry):
     """Output, dx and dw of the layer whose batch normalisation does nothing."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()

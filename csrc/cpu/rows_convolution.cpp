@@ -4,6 +4,7 @@
 
 #include "bn_cpu.h"
 #include "depthwise.h"
+#include "narrow.h"
 
 namespace convbn {
 
@@ -17,6 +18,8 @@ constexpr int64_t kBands = 16;              // at least, if there are so many ro
 template <typename scalar_t>
 std::unique_ptr<RowsConvolution<scalar_t>> rows_convolution(at::IntArrayRef input, const Tensor& weight,
                                                             const ConvGeometry& g) {
+  if constexpr (std::is_same_v<scalar_t, float>)
+    if (g.groups == 1) return make_narrow(input, weight, g);
   return make_depthwise<scalar_t>(input, weight, g);
 }
 
@@ -30,7 +33,7 @@ std::pair<int64_t, int64_t> rows_met(int64_t dx_first, int64_t dx_last, int64_t 
 }  // namespace
 
 bool own_rows_convolution(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
-  return takes_depthwise(input, weight, g);
+  return takes_depthwise(input, weight, g) || takes_narrow(input, weight, g);
 }
 
 Tensor convolve_rows(const Tensor& input, const Tensor& weight, const ConvGeometry& g, Tensor* mean, Tensor* var) {

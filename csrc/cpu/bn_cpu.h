@@ -45,14 +45,14 @@ inline at::Tensor zeros(int64_t channels) {  // in float64, without an operator 
   return result;
 }
 
-// μ and σ² of y, float64. Per block, which fill(block) may write first: mean, then sums of d = y − mean and d²; blocks
-// are merged by  M₂ = M₂ₐ + M₂ᵦ + δ²·nₐnᵦ/(nₐ + nᵦ)
+// μ and σ² of y, float64. Per block: mean, then sums of d = y − mean and d²; blocks are merged by
+//   M₂ = M₂ₐ + M₂ᵦ + δ²·nₐnᵦ/(nₐ + nᵦ)
+// elements(block), y's data or a copy of this block's, is indexed as y's data is; it may write the block first.
 template <typename scalar_t, class F>
 std::tuple<at::Tensor, at::Tensor> moments(const at::Tensor& y, const Blocks& blocks, const BnLoops<scalar_t>& loops,
-                                           F fill) {
+                                           F elements) {
   using acc = acc_t<scalar_t>;
   const int64_t stride = blocks.most_channels(), width = blocks.width;
-  const scalar_t* y_data = data<scalar_t>(y);
   std::vector<double> block_mean(blocks.count * stride), block_m2(blocks.count * stride);
   blocks.parallel_for_each([&](const Blocks::Block& b, int64_t index) {
     thread_local AlignedVector<acc> shift, s1, s2;
@@ -60,7 +60,7 @@ std::tuple<at::Tensor, at::Tensor> moments(const at::Tensor& y, const Blocks& bl
     const int64_t channels = b.planes * blocks.per_plane, columns = b.planes * width;
     const int64_t parameters = blocks.parameters;
     const double values = static_cast<double>(blocks.values(b));
-    fill(b);
+    const scalar_t* const y_data = elements(b);
     sum.resize(stride), square.resize(stride), shift.resize(blocks.most_parameters());
     s1.assign(columns, 0);
     blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t) { loops.sum(y_data + i, span, s1.data()); });

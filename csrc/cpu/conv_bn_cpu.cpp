@@ -13,6 +13,7 @@
 #include "inference.h"
 #include "pool.h"
 #include "rows_convolution.h"
+#include "stream.h"
 
 namespace convbn {
 
@@ -32,10 +33,12 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kPieceElements = 4096;
+
 struct CpuKernels {
   static std::tuple<Tensor, Tensor> statistics(const Tensor& y) {
     return dispatch(y, [&]<typename scalar_t>(scalar_t, const BnLoops<scalar_t>& loops) {
-      return moments(y, Blocks(y), loops, [](const Blocks::Block&) {});
+      return moments(y, Blocks(y), loops, [&](const Blocks::Block&) { return data<scalar_t>(y); });
     });
   }
 
@@ -50,10 +53,23 @@ struct CpuKernels {
       const auto loop = loops.apply[static_cast<int>(bn.activation)];
       const scalar_t *y = data<scalar_t>(bn.y), *residual = data<scalar_t>(bn.residual);
       scalar_t* o = mutable_data<scalar_t>(out);
+      const auto slope = static_cast<acc>(bn.slope);
+      const bool streams = o != y && out.nbytes() >= kStreamBytes;
       blocks.parallel_for_each([&](const Blocks::Block& b, int64_t) {
+        thread_local AlignedVector<scalar_t> piece;
         blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t p) {
-          loop({y + i, at_offset(residual, i), o + i, mean.of(p), scale.of(p), bias.of(p), static_cast<acc>(bn.slope)},
-               span);
+          const auto apply = [&](int64_t at, scalar_t* to, const Span& part) {
+            loop({y + at, at_offset(residual, at), to, mean.of(p), scale.of(p), bias.of(p), slope}, part);
+          };
+          if (!streams || span.width != span.stride) return apply(i, o + i, span);
+          // rows: a piece at a time in the L1 cache
+          const int64_t most = std::max<int64_t>(1, kPieceElements / span.width) * span.width;
+          piece.resize(most);
+          for (int64_t done = 0; done < span.elements; done += most) {
+            const int64_t elements = std::min(most, span.elements - done);
+            apply(i + done, piece.data(), Span{elements, span.width, 1, span.stride});
+            stream_copy(o + i + done, piece.data(), elements * sizeof(scalar_t));
+          }
         });
       });
     });

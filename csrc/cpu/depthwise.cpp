@@ -2,13 +2,15 @@
 //   dx and dw sum the same products over the (r, w) that meet a pixel of x, and over all (r, w)
 // Along a row the results fall into stretches that meet the same taps, each tap's pixels at equal distances: the inner
 // columns, single ones at the borders and, for dx of a strided convolution, every s-th column. A stretch is one loop
-// without branches over its results, see depthwise.inl; rows that miss taps just have fewer.
+// without branches over its results, see depthwise.inl; rows that miss taps just have fewer. 16-bit rows are widened
+// first, once for all taps that meet them.
 #include "depthwise.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "bn_blocks.h"
 #include "isa.h"
 
 #if defined(__x86_64__)
@@ -19,37 +21,48 @@ namespace convbn {
 
 namespace {
 
+// The taps that a stretch of results meets: all pairs of a row of the source and a column in it, in elements.
+template <typename acc>
+struct DepthwiseTaps {
+  const acc* const* row;
+  const int64_t *row_weight, *column, *column_weight;
+  int64_t rows, columns;
+};
+
 #define CONVBN_LOOPS "depthwise.inl"
 #include "each_isa.inl"
 
 using at::Tensor;
 
-struct Tap {
-  int64_t tap, source;  // index in the kernel; of the source pixel that the first result meets
+// Taps of a kernel's axis and the source pixels that they are on, times a unit each.
+struct AxisTaps {
+  std::vector<int64_t> tap, source;
+  void scale(int64_t tap_unit, int64_t source_unit) {
+    for (int64_t& t : tap) t *= tap_unit;
+    for (int64_t& i : source) i *= source_unit;
+  }
 };
 
-// Results first, first + step, … along a row
+// Results first, first + step, … along a row, and the first one's taps
 struct Stretch {
   int64_t first, count, step, source_step;
-  std::vector<Tap> taps;
+  AxisTaps taps;
 };
-
-bool same_taps(const std::vector<Tap>& a, const std::vector<Tap>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](Tap s, Tap t) { return s.tap == t.tap; });
-}
 
 // One axis of a convolution, or of its adjoint: from y to x.
 struct Axis {
   int64_t source, result, kernel, stride, padding, dilation;
   bool adjoint;
 
-  std::vector<Tap> taps_of(int64_t i) const {
-    std::vector<Tap> taps;
+  AxisTaps taps_of(int64_t i) const {
+    AxisTaps taps;
     for (int64_t t = 0; t < kernel; ++t) {
       int64_t at = adjoint ? i + padding - t * dilation : i * stride - padding + t * dilation;
       if (adjoint && at % stride != 0) continue;
       if (adjoint) at /= stride;
-      if (at >= 0 && at < source) taps.push_back({t, at});
+      if (at < 0 || at >= source) continue;
+      taps.tap.push_back(t);
+      taps.source.push_back(at);
     }
     return taps;
   }
@@ -60,7 +73,7 @@ struct Axis {
     for (int64_t phase = 0; phase < step; ++phase)
       for (int64_t i = phase; i < result; i += step) {
         auto taps = taps_of(i);
-        if (i > phase && same_taps(taps, found.back().taps))
+        if (i > phase && taps.tap == found.back().taps.tap)
           ++found.back().count;
         else
           found.push_back({i, 1, step, adjoint ? 1 : stride, std::move(taps)});
@@ -90,19 +103,19 @@ class Depthwise final : public RowsConvolution<scalar_t> {
     rows(back_, dy - dy_first * back_.source_row, first, last, dx);
   }
   void grad_weight(const scalar_t* x, const scalar_t* dy, int64_t first, int64_t last, acc* sums) const override {
-    static const auto loop = best_of(&baseline::depthwise_sums<scalar_t>, &avx2::depthwise_sums<scalar_t>,
-                                     &avx512::depthwise_sums<scalar_t>);
-    for_each_stretch(
-        forth_, x, first, last, dy,
-        [&](const Stretch& s, const scalar_t* const* source, const int64_t* at, int64_t taps, const scalar_t* grad) {
-          loop(source, at, taps, s.source_step * channels_, grad, s.count, channels_, sums);
-        });
+    static const auto loop =
+        best_of(&baseline::depthwise_sums<acc>, &avx2::depthwise_sums<acc>, &avx512::depthwise_sums<acc>);
+    thread_local AlignedVector<acc> buffer;
+    const acc* const grad = widened(dy, (last - first) * forth_.row, buffer);
+    for_each_stretch(forth_, x, first, last, [&](const Stretch& s, const DepthwiseTaps<acc>& taps, int64_t i) {
+      loop(taps, s.source_step * channels_, grad + i, s.count, channels_, sums);
+    });
   }
   Tensor grad_weight_of(const Tensor& sums) const override { return sums.view({-1, channels_}).t().reshape(sizes_); }
 
  private:
   struct Direction {
-    Axis rows;
+    std::vector<AxisTaps> rows;  // of every row
     std::vector<Stretch> columns;
     int64_t source_row, row;  // elements
   };
@@ -115,38 +128,56 @@ class Depthwise final : public RowsConvolution<scalar_t> {
     const auto axis = [&](int64_t i) {
       return Axis{from[i + 2], to[i + 2], sizes_[i + 2], g.stride[i], g.padding[2 * i], g.dilation[i], adjoint};
     };
-    return Direction{axis(0), axis(1).stretches(), from[3] * channels_, to[3] * channels_};
+    Direction d{{}, axis(1).stretches(), from[3] * channels_, to[3] * channels_};
+    for (Stretch& s : d.columns) s.taps.scale(channels_, channels_);
+    for (int64_t r = 0; r < to[2]; ++r) {
+      d.rows.push_back(axis(0).taps_of(r));
+      d.rows.back().scale(sizes_[3] * channels_, d.source_row);
+    }
+    return d;
   }
 
-  // f(stretch, source per tap, place of the tap's weights, taps, results); source: row 0, results: row `first`
-  template <class T, class F>
-  void for_each_stretch(const Direction& d, const scalar_t* source, int64_t first, int64_t last, T* results,
-                        F f) const {
-    std::vector<const scalar_t*> from(sizes_[2] * sizes_[3]);
-    std::vector<int64_t> at(from.size());
-    for (int64_t r = first; r < last; ++r, results += d.row) {
-      const std::vector<Tap> rows = d.rows.taps_of(r);
-      for (const Stretch& s : d.columns) {
-        int64_t taps = 0;
-        for (const Tap& i : rows)
-          for (const Tap& j : s.taps) {
-            from[taps] = source + i.source * d.source_row + j.source * channels_;
-            at[taps++] = (i.tap * sizes_[3] + j.tap) * channels_;
-          }
-        f(s, from.data(), at.data(), taps, results + s.first * channels_);
-      }
+  static const acc* widened(const scalar_t* in, int64_t n, AlignedVector<acc>& buffer) {
+    if constexpr (std::is_same_v<acc, scalar_t>) {
+      return in;
+    } else {
+      static const auto loop = best_of(&baseline::widen_elements<scalar_t>, &avx2::widen_elements<scalar_t>,
+                                       &avx512::widen_elements<scalar_t>);
+      buffer.resize(n);
+      loop(in, buffer.data(), n);
+      return buffer.data();
+    }
+  }
+
+  // f(stretch, its taps, its first result counted from the start of row `first`); source: row 0
+  template <class F>
+  void for_each_stretch(const Direction& d, const scalar_t* source, int64_t first, int64_t last, F f) const {
+    int64_t low = INT64_MAX, high = 0;  // of the source, met by any of these rows
+    for (int64_t r = first; r < last; ++r)
+      for (const int64_t at : d.rows[r].source) low = std::min(low, at), high = std::max(high, at + d.source_row);
+    if (low > high) low = high;
+    thread_local AlignedVector<acc> buffer;
+    thread_local std::vector<const acc*> from;
+    const acc* const wide = widened(source + low, high - low, buffer);
+    from.resize(sizes_[2]);
+    for (int64_t r = first; r < last; ++r) {
+      const AxisTaps& rows = d.rows[r];
+      for (size_t i = 0; i < rows.source.size(); ++i) from[i] = wide + (rows.source[i] - low);
+      for (const Stretch& s : d.columns)
+        f(s,
+          DepthwiseTaps<acc>{from.data(), rows.tap.data(), s.taps.source.data(), s.taps.tap.data(),
+                             static_cast<int64_t>(rows.tap.size()), static_cast<int64_t>(s.taps.tap.size())},
+          (r - first) * d.row + s.first * channels_);
     }
   }
 
   void rows(const Direction& d, const scalar_t* source, int64_t first, int64_t last, scalar_t* out) const {
-    static const auto loop =
-        best_of(&baseline::depthwise_row<scalar_t>, &avx2::depthwise_row<scalar_t>, &avx512::depthwise_row<scalar_t>);
+    static const auto loop = best_of(&baseline::depthwise_row<acc, scalar_t>, &avx2::depthwise_row<acc, scalar_t>,
+                                     &avx512::depthwise_row<acc, scalar_t>);
     const auto* weight = static_cast<const acc*>(weight_.const_data_ptr());
-    for_each_stretch(
-        d, source, first, last, out,
-        [&](const Stretch& s, const scalar_t* const* from, const int64_t* at, int64_t taps, scalar_t* results) {
-          loop(from, at, taps, s.source_step * channels_, weight, results, s.step * channels_, s.count, channels_);
-        });
+    for_each_stretch(d, source, first, last, [&](const Stretch& s, const DepthwiseTaps<acc>& taps, int64_t i) {
+      loop(taps, s.source_step * channels_, weight, out + i, s.step * channels_, s.count, channels_);
+    });
   }
 };
 
@@ -154,9 +185,8 @@ class Depthwise final : public RowsConvolution<scalar_t> {
 
 // Two axes, a channel each, channels_last, borders of zeros.
 bool takes_depthwise(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
-  const auto type = input.scalar_type();
-  return (type == at::kFloat || type == at::kDouble) && g.axes() == 2 && g.groups > 1 && g.groups == input.size(1) &&
-         g.groups == weight.size(0) && !g.pads_explicitly() && input.numel() > 0 && weight.numel() > 0 &&
+  return g.axes() == 2 && g.groups > 1 && g.groups == input.size(1) && g.groups == weight.size(0) &&
+         !g.pads_explicitly() && input.numel() > 0 && weight.numel() > 0 &&
          input.suggest_memory_format() == at::MemoryFormat::ChannelsLast &&
          input.is_contiguous(at::MemoryFormat::ChannelsLast);
 }

@@ -1,41 +1,43 @@
 // Loops of depthwise.cpp, channels side by side in vectors. For each_isa.inl.
-#if defined(__AVX512BW__) && !defined(CONVBN_AVX512)
-#define CONVBN_AVX512
-#endif
 #include "vectors.inl"
 
 // f(c, k) for vectors of k channels from c on
-template <typename scalar_t, class F>
+template <typename acc, class F>
 CONVBN_INLINE void for_each_channel_vector(int64_t channels, F f) {
-  constexpr int lanes = kLanes<scalar_t>;
+  constexpr int lanes = kLanes<acc>;
   int64_t c = 0;
   for (; c + lanes <= channels; c += lanes) f(c, lanes);
   if (c < channels) f(c, int(channels - c));
 }
 
-// So many results at once that their sums stay in registers.
-template <int results, typename scalar_t>
-CONVBN_INLINE void depthwise_results(const scalar_t* const* source, const int64_t* at, int64_t taps, int64_t i,
-                                     int64_t source_step, const acc_t<scalar_t>* weight, scalar_t* out,
-                                     int64_t out_step, int k) {
-  vec<scalar_t> sum[results] = {};
-  for (int64_t t = 0; t < taps; ++t) {
-    const vec<scalar_t> w = load(weight + at[t], k);
-    const scalar_t* const from = source[t] + i;
-    for (int r = 0; r < results; ++r) sum[r] += load(from + r * source_step, k) * w;
-  }
-  for (int r = 0; r < results; ++r) store(out + r * out_step, sum[r], k);
+template <typename scalar_t>
+void widen_elements(const scalar_t* in, acc_t<scalar_t>* out, int64_t n) {
+  for_each_channel_vector<scalar_t>(
+      n, [=](int64_t i, int k) __attribute__((always_inline)) { store(out + i, load(in + i, k), k); });
 }
 
-// out[q·out_step + c] = Σ_t source[t][q·source_step + c]·weight[at[t] + c],  0 ≤ q < n
-template <typename scalar_t>
-void depthwise_row(const scalar_t* const* source, const int64_t* at, int64_t taps, int64_t source_step,
-                   const acc_t<scalar_t>* weight, scalar_t* out, int64_t out_step, int64_t n, int64_t channels) {
+// So many results at once that their sums stay in registers; kernels of three columns are unrolled.
+template <int results, int columns, typename acc, typename scalar_t>
+CONVBN_INLINE void depthwise_results(const DepthwiseTaps<acc>& taps, int64_t i, int64_t source_step, const acc* weight,
+                                     scalar_t* out, int64_t out_step, int k) {
+  vec<acc> sum[results] = {};
+  for (int64_t r = 0; r < taps.rows; ++r)
+    for (int64_t j = 0; j < (columns ? columns : taps.columns); ++j) {
+      const vec<acc> w = load(weight + taps.row_weight[r] + taps.column_weight[j], k);
+      const acc* const from = taps.row[r] + taps.column[j] + i;
+      for (int q = 0; q < results; ++q) sum[q] += load(from + q * source_step, k) * w;
+    }
+  for (int q = 0; q < results; ++q) store(out + q * out_step, sum[q], k);
+}
+
+template <int columns, typename acc, typename scalar_t>
+CONVBN_INLINE void depthwise_stretch(const DepthwiseTaps<acc>& taps, int64_t source_step, const acc* weight,
+                                     scalar_t* out, int64_t out_step, int64_t n, int64_t channels) {
   enum { many = kWordBytes / 8 };
-  for_each_channel_vector<scalar_t>(channels, [=](int64_t c, int k) __attribute__((always_inline)) {
-    const auto results = [=]<int count>(int64_t q) __attribute__((always_inline)) {
-      depthwise_results<count>(source, at, taps, q * source_step + c, source_step, weight + c, out + q * out_step + c,
-                               out_step, k);
+  for_each_channel_vector<acc>(channels, [=, &taps](int64_t c, int k) __attribute__((always_inline)) {
+    const auto results = [=, &taps]<int count>(int64_t q) __attribute__((always_inline)) {
+      depthwise_results<count, columns>(taps, q * source_step + c, source_step, weight + c, out + q * out_step + c,
+                                        out_step, k);
     };
     int64_t q = 0;
     for (; q + many <= n; q += many) results.template operator()<many>(q);
@@ -44,40 +46,53 @@ void depthwise_row(const scalar_t* const* source, const int64_t* at, int64_t tap
   });
 }
 
-// For so many taps, in several chains: additions need not wait for each other.
-template <int taps, typename scalar_t>
-CONVBN_INLINE void depthwise_tap_sums(const scalar_t* const* source, const int64_t* at, int64_t c, int64_t source_step,
-                                      const scalar_t* grad, int64_t grad_step, int64_t n, acc_t<scalar_t>* sums,
-                                      int k) {
+// out[q·out_step + c] = Σ_rj (row[r] + column[j])[q·source_step + c]·weight[row_weight[r] + column_weight[j] + c],
+// 0 ≤ q < n
+template <typename acc, typename scalar_t>
+void depthwise_row(const DepthwiseTaps<acc>& taps, int64_t source_step, const acc* weight, scalar_t* out,
+                   int64_t out_step, int64_t n, int64_t channels) {
+  (taps.columns == 3 ? depthwise_stretch<3, acc, scalar_t>
+                     : depthwise_stretch<0, acc, scalar_t>)(taps, source_step, weight, out, out_step, n, channels);
+}
+
+// For so many columns of taps, in several chains: additions need not wait for each other.
+template <int columns, typename acc>
+CONVBN_INLINE void depthwise_tap_sums(const acc* source, const int64_t* column, const int64_t* at, int64_t source_step,
+                                      const acc* grad, int64_t grad_step, int64_t n, acc* sums, int k) {
   enum { chains = kWordBytes / 16 };
-  vec<scalar_t> sum[chains][taps] = {};
-  const scalar_t* from[taps];
-  for (int t = 0; t < taps; ++t) from[t] = source[t] + c;
+  vec<acc> sum[chains][columns] = {};
+  const acc* from[columns];
+  for (int j = 0; j < columns; ++j) from[j] = source + column[j];
   const auto add = [&](int64_t q, int chain) __attribute__((always_inline)) {
-    const vec<scalar_t> g = load(grad + q * grad_step, k);
-    for (int t = 0; t < taps; ++t) sum[chain][t] += load(from[t] + q * source_step, k) * g;
+    const vec<acc> g = load(grad + q * grad_step, k);
+    for (int j = 0; j < columns; ++j) sum[chain][j] += load(from[j] + q * source_step, k) * g;
   };
   int64_t q = 0;
   for (; q + chains <= n; q += chains)
     for (int chain = 0; chain < chains; ++chain) add(q + chain, chain);
   for (; q < n; ++q) add(q, 0);
-  for (int t = 0; t < taps; ++t) {
-    vec<scalar_t> total = sum[0][t];
-    for (int chain = 1; chain < chains; ++chain) total += sum[chain][t];
-    store(sums + at[t], load(sums + at[t], k) + total, k);
+  for (int j = 0; j < columns; ++j) {
+    vec<acc> total = sum[0][j];
+    for (int chain = 1; chain < chains; ++chain) total += sum[chain][j];
+    store(sums + at[j], load(sums + at[j], k) + total, k);
   }
 }
 
-// sums[at[t] + c] += Σ_q source[t][q·source_step + c]·grad[q·channels + c],  0 ≤ q < n
-template <typename scalar_t>
-void depthwise_sums(const scalar_t* const* source, const int64_t* at, int64_t taps, int64_t source_step,
-                    const scalar_t* grad, int64_t n, int64_t channels, acc_t<scalar_t>* sums) {
-  for_each_channel_vector<scalar_t>(channels, [=](int64_t c, int k) __attribute__((always_inline)) {
-    const auto some = [=]<int count>(int64_t t) __attribute__((always_inline)) {
-      depthwise_tap_sums<count>(source + t, at + t, c, source_step, grad + c, channels, n, sums + c, k);
-    };
-    int64_t t = 0;
-    for (; t + 3 <= taps; t += 3) some.template operator()<3>(t);
-    for (; t < taps; ++t) some.template operator()<1>(t);
+// sums[row_weight[r] + column_weight[j] + c] += Σ_q (row[r] + column[j])[q·source_step + c]·grad[q·channels + c],
+// 0 ≤ q < n
+template <typename acc>
+void depthwise_sums(const DepthwiseTaps<acc>& taps, int64_t source_step, const acc* grad, int64_t n, int64_t channels,
+                    acc* sums) {
+  for_each_channel_vector<acc>(channels, [=, &taps](int64_t c, int k) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < taps.rows; ++r) {
+      const auto some = [=, &taps]<int count>(int64_t j) __attribute__((always_inline)) {
+        depthwise_tap_sums<count>(taps.row[r] + c, taps.column + j, taps.column_weight + j, source_step, grad + c,
+                                  channels, n, sums + taps.row_weight[r] + c, k);
+      };
+      int64_t j = 0;
+      for (; j + 3 <= taps.columns; j += 3) some.template operator()<3>(j);
+      if (j + 2 == taps.columns) some.template operator()<2>(j);
+      if (j + 1 == taps.columns) some.template operator()<1>(j);
+    }
   });
 }

@@ -1,6 +1,7 @@
 // Includes the file CONVBN_LOOPS once per instruction set, in the namespaces baseline, avx2 and avx512, each a target
 // region with kWordBytes (one register) defined. Such a file holds raw pointers and no includes: what a header would
-// define inside a region could be called outside of it. Off x86 the other two are names of the baseline. isa.h chooses.
+// define inside a region could be called outside of it. (vectors.inl wants <immintrin.h> before all of this.) Off x86
+// the other two are names of the baseline. isa.h chooses.
 
 namespace baseline {
 enum { kWordBytes = 16 };
@@ -26,10 +27,12 @@ enum { kWordBytes = 32 };
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")
 #endif
+#define CONVBN_AVX512
 namespace avx512 {
 enum { kWordBytes = 64 };
 #include CONVBN_LOOPS
 }  // namespace avx512
+#undef CONVBN_AVX512
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -5,6 +5,7 @@
 #include "bn_cpu.h"
 #include "depthwise.h"
 #include "narrow.h"
+#include "stream.h"
 
 namespace convbn {
 
@@ -13,6 +14,7 @@ using at::Tensor;
 namespace {
 
 constexpr int64_t kBandElements = 1 << 16;  // of dy: with y, grad, x and dx beside it, what the L2 cache holds
+constexpr int64_t kStreamRows = 8;          // of dx at a time, where they go past the caches
 constexpr int64_t kBands = 16;              // at least, if there are so many rows: work for many threads
 
 template <typename scalar_t>
@@ -45,13 +47,19 @@ Tensor convolve_rows(const Tensor& input, const Tensor& weight, const ConvGeomet
     const scalar_t* x = data<scalar_t>(input);
     scalar_t* y_data = mutable_data<scalar_t>(y);
     const Blocks blocks(y, row);
-    const auto fill = [&](const Blocks::Block& b) {
+    const bool streams = y.nbytes() >= kStreamBytes;
+    const auto fill = [&](const Blocks::Block& b) -> const scalar_t* {
+      thread_local AlignedVector<scalar_t> copy;
+      if (streams) copy.resize(b.elements);
+      scalar_t* const to = streams ? copy.data() - b.element : y_data;
       const int64_t end = (b.element + b.elements) / row;
       for (int64_t line = b.element / row, next; line < end; line = next) {
         const int64_t n = line / height;
         next = std::min(end, (n + 1) * height);
-        convolution->forward(x + n * image, line - n * height, next - n * height, y_data + line * row);
+        convolution->forward(x + n * image, line - n * height, next - n * height, to + line * row);
       }
+      if (streams) stream_copy(y_data + b.element, copy.data(), b.elements * sizeof(scalar_t));
+      return to;
     };
     if (mean)
       std::tie(*mean, *var) = moments(y, blocks, loops, fill);
@@ -80,9 +88,11 @@ std::tuple<Tensor, Tensor> convolve_rows_backward(const BnBackward& bn, const Te
                                    at::TensorOptions(c10::CppTypeToScalarType<acc>::value));
     const scalar_t* const x = data<scalar_t>(input);
     scalar_t *const dx_data = mutable_data<scalar_t>(dx), *const dr = mutable_data<scalar_t>(grad_residual);
+    const bool streams = needs_input && dx.nbytes() >= kStreamBytes;
     at::parallel_for(0, images * bands, 1, [&](int64_t begin, int64_t end) {
-      thread_local AlignedVector<scalar_t> dy;
-      for (int64_t unit = begin; unit < end; ++unit) {
+      thread_local AlignedVector<scalar_t> dy, dx_rows;
+      if (streams) dx_rows.resize(kStreamRows * x_row);
+      for (int64_t unit = end; unit-- > begin;) {  // what backward_reduce read last may still be in a cache
         const int64_t n = unit / bands, first = unit % bands * band, last = std::min(first + band, height);
         const int64_t x_first = std::min(first * g.stride[0], x_height);
         const int64_t x_last = last == height ? x_height : std::min(last * g.stride[0], x_height);
@@ -101,8 +111,12 @@ std::tuple<Tensor, Tensor> convolve_rows_backward(const BnBackward& bn, const Te
         apply(low, first, nullptr);
         apply(first, last, dr);
         apply(last, high, nullptr);
-        if (needs_input)
-          convolution->grad_input(dy.data(), low, x_first, x_last, dx_data + (n * x_height + x_first) * x_row);
+        for (int64_t r = x_first, next; needs_input && r < x_last; r = next) {
+          next = streams ? std::min(r + kStreamRows, x_last) : x_last;
+          scalar_t* const to = dx_data + (n * x_height + r) * x_row;
+          convolution->grad_input(dy.data(), low, r, next, streams ? dx_rows.data() : to);
+          if (streams) stream_copy(to, dx_rows.data(), (next - r) * x_row * sizeof(scalar_t));
+        }
         if (needs_weight) {
           acc* const sums = mutable_data<acc>(parts) + unit * weight.numel();
           std::fill_n(sums, weight.numel(), acc{0});

@@ -16,11 +16,11 @@ LAST = {"memory_format": torch.channels_last}
 
 # One line per reason: what is special about the shape; C, kernel, geometry.
 CASES = {
-    "3x3": ((3, 32, 14, 13), (3, 3), {"padding": 1}),
+    "3x3": ((3, 32, 14, 26), (3, 3), {"padding": 1}),
     "several bands and blocks": ((2, 40, 48, 50), (3, 3), {"padding": 1}),
     "past the caches": ((33, 64, 40, 40), (3, 3), {"padding": 1}),
-    "tail of channels": ((2, 17, 12, 12), (3, 3), {"padding": 1}),
-    "fewer channels than lanes": ((3, 3, 7, 9), (3, 3), {"padding": 1}),
+    "tail of channels": ((2, 17, 12, 25), (3, 3), {"padding": 1}),
+    "fewer channels than lanes": ((3, 3, 7, 9), (5, 3), {"padding": 1}),
     "1x1": ((2, 20, 5, 5), (1, 1), {}),
     "1x1, padding wider than the kernel": ((2, 20, 5, 5), (1, 1), {"padding": 2}),
     "even kernel": ((2, 18, 9, 8), (2, 4), {"padding": (1, 2)}),
@@ -116,7 +116,7 @@ def test_memory_modes_agree():
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_stays_in_its_channel(value):
-    x, w = torch.randn(2, 20, 9, 9).contiguous(**LAST), torch.randn(20, 1, 3, 3)
+    x, w = torch.randn(2, 20, 9, 30).contiguous(**LAST), torch.randn(20, 1, 3, 3)
     x[0, 3, 2, 2] = value
     frozen = {"running_mean": torch.zeros(20), "running_var": torch.ones(20), "eps": 0.0}
     x.requires_grad_()  # the layer as it is, not folded
@@ -127,19 +127,24 @@ def test_what_is_not_finite_stays_in_its_channel(value):
 
 
 @pytest.mark.parametrize(
-    ("own", "shape", "multiplier", "format"),
+    ("own", "dtype", "size", "kernel", "multiplier", "format"),
     [
-        (True, (2, 16, 8, 8), 1, torch.channels_last),
-        (False, (2, 16, 8, 8), 1, torch.contiguous_format),
-        (False, (2, 16, 8, 8), 2, torch.channels_last),
+        (True, torch.float32, 28, 3, 1, torch.channels_last),
+        (True, torch.float32, 8, 5, 1, torch.channels_last),
+        (True, torch.bfloat16, 8, 5, 1, torch.channels_last),
+        (True, torch.float64, 8, 3, 1, torch.channels_last),
+        (False, torch.float32, 8, 3, 1, torch.channels_last),  # here the library is as fast
+        (False, torch.bfloat16, 28, 3, 1, torch.channels_last),
+        (False, torch.float32, 28, 5, 1, torch.contiguous_format),
+        (False, torch.float32, 28, 5, 2, torch.channels_last),
     ],
 )
-def test_which_layers_take_it(own, shape, multiplier, format):
+def test_which_layers_take_it(own, dtype, size, kernel, multiplier, format):
     """What is taken does not reach torch's convolution."""
-    x = torch.randn(shape).contiguous(memory_format=format).requires_grad_()
-    w = torch.randn(multiplier * shape[1], 1, 3, 3).requires_grad_()
+    x = torch.randn(2, 16, size, size).to(dtype).contiguous(memory_format=format).requires_grad_()
+    w = torch.randn(multiplier * 16, 1, kernel, kernel).to(dtype).requires_grad_()
     with profile(activities=[ProfilerActivity.CPU]) as record:
-        cb.conv_bn(x, w, training=True, padding=1, groups=shape[1]).sum().backward()
+        cb.conv_bn(x, w, training=True, padding=1, groups=16).sum().backward()
     called = [event.name for event in record.events()]
     assert ("aten::convolution" not in called) == own
     assert ("aten::convolution_backward" not in called) == own

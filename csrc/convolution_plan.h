@@ -10,7 +10,8 @@ std::tuple<at::Tensor, at::Tensor> planned_convolve_backward(const at::Tensor& g
                                                              const at::Tensor& weight, const ConvGeometry& geometry,
                                                              bool needs_input, bool needs_weight);
 
-// Whether planned_convolve is a matrix product here.
-bool convolves_by_product(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& geometry);
+// Whether planned_convolve and a pass over its result take less time than the library's convolution with that pass
+// built in.
+bool beats_fused_inference(const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& geometry);
 
 }  // namespace convbn

@@ -168,10 +168,11 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
 
 }  // namespace
 
-bool convolves_by_product(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+bool beats_fused_inference(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (!has_plan(x) || weight.numel() == 0) return false;
+  if (x.scalar_type() == at::kFloat && suits_winograd(x.sizes(), weight.sizes(), g)) return true;
   const Plan p = plan(x, weight, g);
-  return p.planes || p.rows;
+  return p.given == Format::Contiguous && (p.planes || p.rows);
 }
 
 Tensor planned_convolve(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {

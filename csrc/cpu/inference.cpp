@@ -68,7 +68,7 @@ bool fuses(const Tensor& input, const Tensor& weight, bool residual, const ConvB
   return weight.numel() < c10::multiply_integers(output_sizes) && plain() && with_sum() &&
          at::globalContext().userEnabledMkldnn() && input.dim() >= 4 && input.numel() > 0 &&
          (type == at::kFloat || type == at::kBFloat16) && !library_is_wrong(input, output_sizes.back()) &&
-         !(given_contiguous && convolves_by_product(input, weight, options.geometry));
+         !beats_fused_inference(input, weight, options.geometry);
 }
 
 Tensor fused_convolution(const Tensor& input, const Tensor& weight, const Tensor& bias, const OptionalTensor& residual,

@@ -25,7 +25,10 @@ CASES = {
     "several chunks, several slices": ((3, 64, 40, 40), (64, 64, 3, 3), {"padding": 1}),
     "blocks of output channels, the last narrower": ((2, 32, 16, 16), (208, 32, 3, 3), {"padding": 1}),
     "a narrow block alone": ((2, 64, 16, 16), (48, 64, 3, 3), {"padding": 1}),
-    "many channels, small chunks": ((7, 368, 8, 8), (32, 368, 3, 3), {"padding": 1}),
+    "many channels, small chunks": ((9, 1040, 8, 8), (32, 1040, 3, 3), {"padding": 1}),
+    "large tiles": ((3, 384, 16, 16), (64, 384, 3, 3), {"padding": 1}),
+    "large tiles reach over the border": ((13, 400, 7, 10), (32, 400, 3, 3), {"padding": 1}),
+    "large tiles for dx alone": ((2, 32, 17, 18), (384, 32, 3, 3), {"padding": (0, 2)}),
     "no padding": ((3, 32, 14, 12), (32, 32, 3, 3), {}),
     "full padding": ((2, 32, 10, 12), (32, 32, 3, 3), {"padding": 2}),
     "unequal axes": ((2, 32, 10, 24), (48, 32, 3, 3), {"padding": (0, 2)}),
@@ -86,7 +89,9 @@ def test_any_shape(data):
     check((draw(2, 6, "batch"), c_in, *size), (c_out, c_in, 3, 3), "channels_last", padding=padding)
 
 
-@pytest.mark.parametrize("name", ["several chunks, several slices", "blocks of output channels, the last narrower"])
+@pytest.mark.parametrize(
+    "name", ["several chunks, several slices", "blocks of output channels, the last narrower", "large tiles"]
+)
 def test_threads_do_not_change_a_bit(name):
     shape, weight, geometry = CASES[name]
     values, threads = tensors(shape, weight, "channels_last", **geometry), torch.get_num_threads()

@@ -7,7 +7,9 @@
 //   Pieces and samples are computed each by itself and added in order, whatever the number of threads. A stride leaves
 //   out pixels before the product.
 //
-//   Everything else: our AMX and Winograd kernels want channels_last; the library computes in channels_last or in
+//   float32, 3×3, enough channels: Winograd's algorithm, in channels_last.
+//
+//   Everything else: our AMX kernels want channels_last; the library computes in channels_last or in
 //   blocks of 16 channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does.
 //
 // Every way takes and gives the memory format that torch's convolution would.
@@ -34,18 +36,14 @@ bool channels_last(const Tensor& t) { return t.suggest_memory_format() == Format
 Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (takes_convolve_amx(x, weight, x.sizes(), g.output_sizes(x.sizes(), weight.sizes()), g))
     return convolve_amx(x, weight, g);
-  if (takes_winograd(x, x.sizes(), weight.sizes(), g)) return convolve_winograd(x, weight, g);
   const std::vector<int64_t> zero(g.axes(), 0);
   return at::convolution(x, weight, {}, g.stride, library_padding(g), g.dilation, /*transposed=*/false, zero, g.groups);
 }
 
 std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                            const ConvGeometry& g, bool needs_input, bool needs_weight) {
-  const bool winograd = takes_winograd(grad_output, x.sizes(), weight.sizes(), g);
-  const bool winograd_weight = winograd && takes_winograd(x, x.sizes(), weight.sizes(), g);
-  const bool own_input =
-      needs_input && (winograd || takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g));
-  const bool own_weight = needs_weight && (winograd_weight || takes_grad_weight_amx(grad_output, x, weight, g));
+  const bool own_input = needs_input && takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g);
+  const bool own_weight = needs_weight && takes_grad_weight_amx(grad_output, x, weight, g);
   const std::array<bool, 3> library{needs_input && !own_input, needs_weight && !own_weight, false};
   const std::vector<int64_t> zero(g.axes(), 0);
   Tensor grad_input, grad_weight;
@@ -53,9 +51,8 @@ std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tens
     std::tie(grad_input, grad_weight, std::ignore) =
         at::convolution_backward(grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g),
                                  g.dilation, /*transposed=*/false, zero, g.groups, library);
-  if (own_input) grad_input = (winograd ? grad_input_winograd : grad_input_amx)(grad_output, weight, x.sizes(), g);
-  if (own_weight)
-    grad_weight = (winograd_weight ? grad_weight_winograd : grad_weight_amx)(grad_output, x, weight.sizes(), g);
+  if (own_input) grad_input = grad_input_amx(grad_output, weight, x.sizes(), g);
+  if (own_weight) grad_weight = grad_weight_amx(grad_output, x, weight.sizes(), g);
   return {grad_input, grad_weight};
 }
 
@@ -130,10 +127,12 @@ std::tuple<Tensor, Tensor> by_planes_backward(const Tensor& grad_output, const T
 
 // ---- the rules, by measurements on both sides of each, forward and backward together, on two threads with AMX ----
 
-// The memory format of the arguments and of the computation, and what is a matrix product.
+// The memory format of the arguments and of the computation, and what is a matrix product or Winograd's.
 struct Plan {
   Format given, format;
-  bool planes = false, rows = false, weight_rows = false;
+  bool planes = false, rows = false, weight_rows = false, winograd = false;
+  // The library's sums in its blocks of channels round less than those in channels_last, and so must ours.
+  bool large_tiles() const { return given == Format::ChannelsLast; }
 };
 
 // The layers for which they were measured.
@@ -159,7 +158,8 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   const bool half = x.scalar_type() == at::kBFloat16;
   if (is_product(weight, g)) return plan_product(given, half, weight, pixels, strided(g));
   if (half) return {given, Format::ChannelsLast};
-  if (suits_winograd(x.sizes(), weight.sizes(), g)) return {given, Format::ChannelsLast};
+  if (suits_winograd(x.sizes(), weight.sizes(), g, given == Format::ChannelsLast))
+    return {.given = given, .format = Format::ChannelsLast, .winograd = true};
   // In float32 blocks of channels are faster for few pixels, and where a depthwise layer consists of them.
   if (g.groups == 1 && pixels <= 16) return {given, Format::Contiguous};
   const bool blocks = g.groups > 1 && g.groups == x.size(1) && g.groups % 16 == 0;
@@ -170,9 +170,8 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
 
 bool beats_fused_inference(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (!has_plan(x) || weight.numel() == 0) return false;
-  if (x.scalar_type() == at::kFloat && suits_winograd(x.sizes(), weight.sizes(), g)) return true;
   const Plan p = plan(x, weight, g);
-  return p.given == Format::Contiguous && (p.planes || p.rows);
+  return p.winograd || (p.given == Format::Contiguous && (p.planes || p.rows));
 }
 
 Tensor planned_convolve(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
@@ -180,6 +179,7 @@ Tensor planned_convolve(const Tensor& x, const Tensor& weight, const ConvGeometr
   const Plan p = plan(x, weight, g);
   if (p.planes) return by_planes(x, weight, g);
   if (p.rows) return to_format(from_rows(at::mm(rows(x), weight.flatten(1).t()), x), p.given);
+  if (p.winograd) return to_format(convolve_winograd(to_format(x, p.format), weight, g, p.large_tiles()), p.given);
   return to_format(direct(to_format(x, p.format), to_format(weight, p.format), g), p.given);
 }
 
@@ -190,6 +190,14 @@ std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, 
   const Plan p = plan(x, weight, g);
   if (p.planes) return by_planes_backward(grad_output, x, weight, g, needs_input, needs_weight);
   const Tensor dy = to_format(grad_output, p.format);
+  const auto weight_format = weight.suggest_memory_format();
+  if (p.winograd) {
+    Tensor dx, dw;
+    if (needs_input) dx = to_format(grad_input_winograd(dy, weight, x.sizes(), g, p.large_tiles()), p.given);
+    if (needs_weight)
+      dw = to_format(grad_weight_winograd(dy, to_format(x, p.format), weight.sizes(), g), weight_format);
+    return {dx, dw};
+  }
   const bool plain_input = needs_input && !p.rows, plain_weight = needs_weight && !p.weight_rows;
   Tensor dx, dw;
   if (plain_input || plain_weight) {  // the library takes the format from x, also where it needs no more of x than that
@@ -200,7 +208,7 @@ std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, 
   }
   if (needs_input && p.rows) dx = from_rows(at::mm(rows(dy), weight.flatten(1)), dy);
   if (needs_weight && p.weight_rows) dw = grad_weight_by_rows(dy, to_format(met(x, g), p.format), weight);
-  return {needs_input ? to_format(dx, p.given) : dx, plain_weight ? to_format(dw, weight.suggest_memory_format()) : dw};
+  return {needs_input ? to_format(dx, p.given) : dx, plain_weight ? to_format(dw, weight_format) : dw};
 }
 
 }  // namespace convbn

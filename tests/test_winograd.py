@@ -147,6 +147,16 @@ def test_which_layers_take_it(taken, shape, weight, geometry):
     assert ("aten::convolution_backward" not in names) == taken
 
 
+def test_small_contiguous_images_have_it_for_the_weight_alone():
+    """The library's format for them is as fast; in channels_last all of it pays."""
+    x, w = torch.randn(16, 32, 7, 7), torch.randn(32, 32, 3, 3)
+    x.requires_grad_(), w.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+        cb.conv_bn(x, w, training=True, padding=1).sum().backward()
+    calls = [event for event in record.events() if event.name == "aten::convolution_backward"]
+    assert [event.concrete_inputs[-1] for event in calls] == [[True, False, False]]
+
+
 def test_it_can_be_turned_off():
     code = """
 import torch, convbn_ext as cb

@@ -41,6 +41,20 @@ def test_as_accurate_as_torch(name, training, residual):
     case.check(torch.float32, CHANNELS_LAST)
 
 
+@pytest.mark.parametrize("name", ["stride", "several bands of an image, several pieces of a band"])
+def test_contiguous_gradient_of_the_input(name):
+    """For contiguous tensors of 256 pixels or more, dx by itself: the same bits as in channels_last."""
+    shape, weight, geometry = CASES[name]
+    shape = (*shape[:2], max(shape[2], 40), max(shape[3], 33))
+    Case(shape, weight, **geometry).check(torch.float32)
+    grad = torch.randn(Case(shape, weight, **geometry).grad.shape)
+    x, weight = torch.randn(shape), torch.randn(weight)
+    contiguous = step(x, weight, grad, **geometry)[1]
+    dx = step(x.contiguous(memory_format=CHANNELS_LAST), weight, grad, **geometry)[1]
+    assert contiguous.is_contiguous()
+    assert torch.equal(contiguous, dx)
+
+
 @pytest.mark.parametrize("memory", ["recompute", "invert"])
 def test_other_ways_to_y(memory):
     shape, weight, geometry = CASES["a whole vector of taps"]

@@ -19,6 +19,7 @@
 
 #include "convolution_amx.h"
 #include "memory_format.h"
+#include "narrow.h"
 #include "winograd.h"
 
 namespace convbn {
@@ -42,7 +43,9 @@ Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
 
 std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                            const ConvGeometry& g, bool needs_input, bool needs_weight) {
-  const bool own_input = needs_input && takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g);
+  const bool narrow = takes_grad_input_narrow(grad_output, weight, x.sizes(), g);
+  const bool own_input =
+      needs_input && (narrow || takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g));
   const bool own_weight = needs_weight && takes_grad_weight_amx(grad_output, x, weight, g);
   const std::array<bool, 3> library{needs_input && !own_input, needs_weight && !own_weight, false};
   const std::vector<int64_t> zero(g.axes(), 0);
@@ -51,7 +54,7 @@ std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tens
     std::tie(grad_input, grad_weight, std::ignore) =
         at::convolution_backward(grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g),
                                  g.dilation, /*transposed=*/false, zero, g.groups, library);
-  if (own_input) grad_input = grad_input_amx(grad_output, weight, x.sizes(), g);
+  if (own_input) grad_input = (narrow ? grad_input_narrow : grad_input_amx)(grad_output, weight, x.sizes(), g);
   if (own_weight) grad_weight = grad_weight_amx(grad_output, x, weight.sizes(), g);
   return {grad_input, grad_weight};
 }

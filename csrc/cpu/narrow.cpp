@@ -5,6 +5,8 @@
 //   z[r, w, :]   = dy[r, w, :]·Wᵀ,  dx[r, w, :] = Σᵢⱼ z[(r + p − i)/s, (w + p − j)/s, (i, j, :)]
 #include "narrow.h"
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 
 #include "bn_blocks.h"
@@ -40,11 +42,12 @@ struct GatherArgs {
 using at::IntArrayRef;
 using at::Tensor;
 
-constexpr int64_t kMostChannels = 4;      // of x: one vector of `gather`
-constexpr int64_t kFewestColumns = 16;    // of a product: a vector
-constexpr int64_t kMostRows = 16;         // of a kernel, and of y at a time
-constexpr int64_t kPieceElements = 4096;  // of y at a time: they and what they meet stay in the L1 cache
-constexpr int64_t kSlack = 4;             // values that `gather` reads and writes behind a row
+constexpr int64_t kMostChannels = 4;        // of x: one vector of `gather`
+constexpr int64_t kFewestColumns = 16;      // of a product: a vector
+constexpr int64_t kMostRows = 16;           // of a kernel, and of y at a time
+constexpr int64_t kPieceElements = 4096;    // of y at a time: they and what they meet stay in the L1 cache
+constexpr int64_t kBandElements = 1 << 16;  // of dy for rows of dx: in the L2 cache
+constexpr int64_t kSlack = 4;               // values that `gather` reads and writes behind a row
 
 void multiply(const ProductArgs& args) {
   static const auto loop = best_of(&baseline::product<false>, &avx2::product<false>, &avx512::product<false>);
@@ -238,14 +241,44 @@ class Narrow final : public RowsConvolution<float> {
 
 }  // namespace
 
+namespace {
+
 // By measurements, forward and backward together and each alone, of 2 … 32 to 8 … 64 channels: with more channels in,
-// or fewer out, the library is as fast.
-bool takes_narrow(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+// or fewer out, the library is as fast. `like` is x or dy.
+bool takes(const Tensor& like, IntArrayRef input, IntArrayRef weight, const ConvGeometry& g) {
   const auto last = at::MemoryFormat::ChannelsLast;
-  return input.scalar_type() == at::kFloat && g.axes() == 2 && g.groups == 1 && !g.pads_explicitly() &&
-         g.dilation[0] == 1 && g.dilation[1] == 1 && input.numel() > 0 && weight.numel() > 0 &&
-         input.size(1) <= kMostChannels && weight.size(0) >= kFewestColumns && weight[0].numel() >= kFewestColumns &&
-         weight.size(2) <= kMostRows && input.suggest_memory_format() == last && input.is_contiguous(last);
+  return like.is_cpu() && like.scalar_type() == at::kFloat && like.numel() > 0 && g.axes() == 2 && g.groups == 1 &&
+         !g.pads_explicitly() && g.dilation[0] == 1 && g.dilation[1] == 1 && input[1] > 0 &&
+         input[1] <= kMostChannels && weight[0] >= kFewestColumns &&
+         weight[1] * weight[2] * weight[3] >= kFewestColumns && weight[2] <= kMostRows &&
+         like.suggest_memory_format() == last && like.is_contiguous(last);
+}
+
+}  // namespace
+
+bool takes_narrow(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  return takes(input, input.sizes(), weight.sizes(), g);
+}
+
+bool takes_grad_input_narrow(const Tensor& grad_output, const Tensor& weight, IntArrayRef input,
+                             const ConvGeometry& g) {
+  return takes(grad_output, input, weight.sizes(), g);
+}
+
+Tensor grad_input_narrow(const Tensor& grad_output, const Tensor& weight, IntArrayRef input, const ConvGeometry& g) {
+  const Narrow convolution(input, weight, g);
+  const Tensor dx = at::empty(input, grad_output.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const float* const dy = grad_output.const_data_ptr<float>();
+  float* const out = dx.mutable_data_ptr<float>();
+  const int64_t height = input[2], row = input[1] * input[3], image = grad_output.numel() / input[0];
+  const int64_t bands = std::clamp<int64_t>(image / kBandElements, 1, height);
+  at::parallel_for(0, input[0] * bands, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / bands, first = unit % bands * height / bands, last = (unit % bands + 1) * height / bands;
+      convolution.grad_input(dy + n * image, 0, first, last, out + (n * height + first) * row);
+    }
+  });
+  return dx;
 }
 
 std::unique_ptr<RowsConvolution<float>> make_narrow(IntArrayRef input, const Tensor& weight, const ConvGeometry& g) {

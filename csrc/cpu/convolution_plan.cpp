@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor> by_planes_backward(const Tensor& grad_output, const T
 // The memory format of the arguments and of the computation, and what is a matrix product or Winograd's.
 struct Plan {
   Format given, format;
-  bool planes = false, rows = false, weight_rows = false, winograd = false, weight_winograd = false;
+  bool planes = false, rows = false, weight_rows = false, winograd = false;
   // The library's sums in its blocks of channels round less than those in channels_last, and so must ours.
   bool large_tiles() const { return given == Format::ChannelsLast; }
 };
@@ -162,15 +162,11 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (is_product(weight, g)) return plan_product(given, half, weight, pixels, strided(g));
   if (half) return {given, Format::ChannelsLast};
   const bool winograd = suits_winograd(x.sizes(), weight.sizes(), g, /*large=*/given == Format::ChannelsLast);
-  const bool weight_winograd = winograd || suits_winograd(x.sizes(), weight.sizes(), g, /*large=*/true);
   // In float32 blocks of channels are faster for few pixels, and where a depthwise layer consists of them.
   const bool blocks = g.groups > 1 && g.groups == x.size(1) && g.groups % 16 == 0;
   const bool few = g.groups == 1 && pixels <= 16;
   const Format library = few ? Format::Contiguous : pixels < 256 || blocks ? given : Format::ChannelsLast;
-  return {.given = given,
-          .format = winograd ? Format::ChannelsLast : library,
-          .winograd = winograd,
-          .weight_winograd = weight_winograd};
+  return {.given = given, .format = winograd ? Format::ChannelsLast : library, .winograd = winograd};
 }
 
 }  // namespace
@@ -198,7 +194,7 @@ std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, 
   if (p.planes) return by_planes_backward(grad_output, x, weight, g, needs_input, needs_weight);
   const Tensor dy = to_format(grad_output, p.format);
   const bool plain_input = needs_input && !p.rows && !p.winograd;
-  const bool plain_weight = needs_weight && !p.weight_rows && !p.weight_winograd;
+  const bool plain_weight = needs_weight && !p.weight_rows && !p.winograd;
   Tensor dx, dw;
   if (plain_input || plain_weight) {  // the library takes the format from x, also where it needs no more of x than that
     const bool has_format = plain_weight || x.is_contiguous(p.format);
@@ -209,9 +205,7 @@ std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, 
   if (needs_input && p.rows) dx = from_rows(at::mm(rows(dy), weight.flatten(1)), dy);
   if (needs_weight && p.weight_rows) dw = grad_weight_by_rows(dy, to_format(met(x, g), p.format), weight);
   if (needs_input && p.winograd) dx = grad_input_winograd(dy, weight, x.sizes(), g, p.large_tiles());
-  if (needs_weight && p.weight_winograd)
-    dw = grad_weight_winograd(to_format(dy, Format::ChannelsLast), to_format(x, Format::ChannelsLast), weight.sizes(),
-                              g);
+  if (needs_weight && p.winograd) dw = grad_weight_winograd(dy, to_format(x, p.format), weight.sizes(), g);
   return {needs_input ? to_format(dx, p.given) : dx,
           needs_weight && !p.weight_rows ? to_format(dw, weight.suggest_memory_format()) : dw};
 }

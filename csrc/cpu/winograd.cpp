@@ -4,9 +4,10 @@
 //   dw:  Gᵀ[Σ_t V_iᵀ D_i]G,  D_i (t, C_out) = i-th of A dy Aᵀ
 // Tiles are 2 × 2, for y and dx of layers with many channels 4 × 4: fewer products, more rounding.
 //
-// Work is cut by the shape alone, into chunks of tiles whose planes stay in the L2 cache, times groups of blocks of 64
-// output channels. For dw the tiles are first cut into slices, whose sums are added at the end, in order. Matrices over
-// output channels are stored block by block: (block, plane, row, up to 64 columns).
+// Work is cut by the shape alone, into chunks of tiles, so many that the transformed weight, which passes through the
+// caches once per chunk, is used often enough, times groups of blocks of 64 output channels. For dw the tiles are first
+// cut into slices, whose sums are added at the end, in order. Matrices over output channels are stored block by block:
+// (block, plane, row, up to 64 columns).
 #include "winograd.h"
 
 #include <ATen/Parallel.h>
@@ -60,8 +61,9 @@ const Loops& loops() {
 constexpr int64_t kBlock = 64;               // output channels
 constexpr int64_t kTileStep = 6;             // tiles that the products take at once
 constexpr int64_t kMostTiles = 128;          // of a chunk
-constexpr int64_t kChunkElements = 1 << 21;  // of a chunk's planes
+constexpr int64_t kChunkElements = 1 << 21;  // of a chunk's transformed tiles
 constexpr int64_t kInner = 128;              // rows of a weight's block that stay in the L1 cache
+constexpr int64_t kRows = 16;                // rows of a weight that are transformed together
 constexpr int64_t kUnits = 16;               // of work, if there are so many chunks or blocks
 constexpr int64_t kMostParts = 1 << 21;      // floats in all slices' sums
 constexpr int64_t kGap = 16;  // behind rows and planes: at powers of two they would push each other out of the caches
@@ -145,7 +147,6 @@ Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef sizes, int6
   const Matrices u{planes, from};
   const Tensor transformed = at::empty({u.size(to)}, w.options());
   float* const U = transformed.mutable_data_ptr<float>();
-  constexpr int64_t kRows = 16;
   at::parallel_for(0, blocks * pieces(from, kRows), 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const Block b(unit % blocks, to);
@@ -264,7 +265,6 @@ Tensor grad_weight_winograd(const Tensor& grad_output, const Tensor& input, IntA
 
   const Tensor taps = at::empty({1, to, 9, from}, input.options().memory_format(at::MemoryFormat::ChannelsLast));
   float* const dw = taps.mutable_data_ptr<float>();
-  constexpr int64_t kRows = 16;
   at::parallel_for(0, blocks * pieces(from, kRows), 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const Block b(unit % blocks, to);

@@ -14,7 +14,6 @@ enum { kLanes = kWordBytes / sizeof(float) };
 // ---- one axis of each transform ----
 
 #define CONVBN_AXIS static inline __attribute__((always_inline)) void apply
-enum { kSmallTile = 2, kLargeTile = 4 };
 constexpr float p = .625f, q = 1.5f, pp = p * p, qq = q * q;
 
 template <int m>

@@ -1,7 +1,8 @@
 // Convolution as a linear map with all four paddings, and its exact adjoints.
 //   y = w ⋆ pad(x):  x (N, C_in, *spatial), w (C_out, C_in/groups, *kernel), y (N, C_out, *out); no spatial axis =
 //   Linear
-// The arithmetic is torch's; what torch lacks (padding adjoints, asymmetric padding, shapes where it is wrong) is here.
+// What torch lacks (padding adjoints, asymmetric padding, shapes where it is wrong) is here; whose arithmetic it is,
+// ours or torch's, convolution_plan.h decides.
 #pragma once
 #include <ATen/ATen.h>
 

@@ -9,8 +9,8 @@
 //
 //   float32, 3×3, enough channels: Winograd's algorithm, in channels_last.
 //
-//   Everything else: our AMX kernels want channels_last; the library computes in channels_last or in
-//   blocks of 16 channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does.
+//   Everything else: our AMX kernels want channels_last; the library computes in channels_last or in blocks of 16
+//   channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does.
 //
 // Every way takes and gives the memory format that torch's convolution would.
 #include "../convolution_plan.h"

@@ -29,11 +29,10 @@ using at::Tensor;
 
 namespace {
 
-using Pixels = const float* const*;
 struct Loops {
   struct Transforms {  // for tiles of tile × tile results
     int64_t tile;
-    void (*input)(Pixels, int64_t, int64_t, int64_t, float*, int64_t, int64_t);
+    decltype(&baseline::to_planes<baseline::InputAxis<2>>) input;
     decltype(&baseline::from_planes<baseline::OutputAxis<2>>) output;
     decltype(&baseline::transform_weight<baseline::WeightAxis<2>>) weight;
     int64_t planes() const { return (tile + 2) * (tile + 2); }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +37,27 @@ def assert_as_accurate(ours, theirs, exact, dtype, what):
     floor = 4.0 if dtype != torch.float64 else 4000.0
     bound = 2 * error(theirs, exact) + floor * torch.finfo(dtype).eps
     assert error(ours, exact) <= bound, f"{what}: {error(ours, exact):.2e} > {bound:.2e}"
+
+
+def bare_convolution(x, weight, grad, **geometry):
+    """Output, dx and dw of the layer whose batch normalisation does nothing."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    channels = weight.shape[0]
+    out = cb.conv_bn(x, weight, running_mean=torch.zeros(channels), running_var=torch.ones(channels), eps=0, **geometry)
+    out.backward(grad)
+    return out.detach(), x.grad, weight.grad
+
+
+def assert_threads_do_not_change_a_bit(step: Callable[[], Iterable[torch.Tensor]]):
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(step())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 class Case:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conv_bn_case import Case
+from conv_bn_case import Case, assert_threads_do_not_change_a_bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -64,17 +64,8 @@ def step(case: Case, shape) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", ["one chunk", "several groups of output channels", "several slices of several chunks"])
 def test_threads_do_not_change_a_bit(name):
     shape, weight, geometry = CASES[name]
-    case, threads = Case(shape, weight, **geometry), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(step(case, shape))
-    finally:
-        torch.set_num_threads(threads)
-    for one, two, three in zip(*results, strict=True):
-        assert torch.equal(one, two)
-        assert torch.equal(one, three)
+    case = Case(shape, weight, **geometry)
+    assert_threads_do_not_change_a_bit(lambda: step(case, shape))
 
 
 @pytest.mark.parametrize(

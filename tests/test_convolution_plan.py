@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conv_bn_case import Case
+from conv_bn_case import Case, assert_threads_do_not_change_a_bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,12 +119,4 @@ def test_threads_do_not_change_a_bit(name, dtype, layout):
     x = torch.randn(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
     weight = torch.randn(weight_shape, dtype=dtype)
     grad = torch.randn(Case(shape, weight_shape, **geometry).grad.shape, dtype=dtype)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(training_step(x, weight, grad, **geometry))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_do_not_change_a_bit(lambda: training_step(x, weight, grad, **geometry))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conv_bn_case import Case
+from conv_bn_case import Case, assert_threads_do_not_change_a_bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -83,16 +83,7 @@ def results(*args, **kwargs) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["several bands and blocks", "past the caches", "5x5, stride 2", "unequal axes"])
 def test_threads_do_not_change_a_bit(name):
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(results(name))
-    finally:
-        torch.set_num_threads(threads)
-    for one, two, three in zip(*found, strict=True):
-        assert torch.equal(one, two)
-        assert torch.equal(one, three)
+    assert_threads_do_not_change_a_bit(lambda: results(name))
 
 
 @pytest.mark.parametrize("name", ["several bands and blocks", "5x5, stride 2"])

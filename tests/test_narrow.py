@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_bn_case import Case
+from conv_bn_case import Case, assert_threads_do_not_change_a_bit, bare_convolution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -49,8 +49,8 @@ def test_contiguous_gradient_of_the_input(name):
     Case(shape, weight, **geometry).check(torch.float32)
     grad = torch.randn(Case(shape, weight, **geometry).grad.shape)
     x, weight = torch.randn(shape), torch.randn(weight)
-    contiguous = step(x, weight, grad, **geometry)[1]
-    dx = step(x.contiguous(memory_format=CHANNELS_LAST), weight, grad, **geometry)[1]
+    contiguous = bare_convolution(x, weight, grad, **geometry)[1]
+    dx = bare_convolution(x.contiguous(memory_format=CHANNELS_LAST), weight, grad, **geometry)[1]
     assert contiguous.is_contiguous()
     assert torch.equal(contiguous, dx)
 
@@ -75,15 +75,6 @@ def test_any_shape(data):
     case.check(torch.float32, CHANNELS_LAST)
 
 
-def step(x, weight, grad, **geometry):
-    """Output and gradients of a layer whose batch normalisation does nothing."""
-    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    channels = weight.shape[0]
-    out = cb.conv_bn(x, weight, running_mean=torch.zeros(channels), running_var=torch.ones(channels), eps=0, **geometry)
-    out.backward(grad)
-    return out.detach(), x.grad, weight.grad
-
-
 def tensors(name):
     shape, weight, geometry = CASES[name]
     x = torch.randn(shape).contiguous(memory_format=CHANNELS_LAST)
@@ -100,25 +91,17 @@ def test_nan_and_inf_reach_what_they_meet(name, value):
     exact = x.double().requires_grad_()
     (exact_dx,) = torch.autograd.grad(F.conv2d(exact, weight.double(), **geometry), exact, grad.double())
     assert not exact_dx.isfinite().all()
-    assert torch.equal(step(x, weight, grad, **geometry)[1].isfinite(), exact_dx.isfinite())
+    assert torch.equal(bare_convolution(x, weight, grad, **geometry)[1].isfinite(), exact_dx.isfinite())
     x[1, 1, 0, 0] = value
     exact_y = F.conv2d(x.double(), weight.double(), **geometry)
     assert not exact_y.isfinite().all()
-    assert torch.equal(step(x, weight, grad, **geometry)[0].isfinite(), exact_y.isfinite())
+    assert torch.equal(bare_convolution(x, weight, grad, **geometry)[0].isfinite(), exact_y.isfinite())
 
 
 @cases
 def test_threads_do_not_change_a_bit(name):
     x, weight, grad, geometry = tensors(name)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(step(x, weight, grad, **geometry))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_do_not_change_a_bit(lambda: bare_convolution(x, weight, grad, **geometry))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ CASES = {
     "several slices of several chunks": ((3, 64, 40, 40), (64, 64, 3, 3), {"padding": 1}),
     "several groups of output channels": ((2, 32, 9, 9), (320, 32, 3, 3), {"padding": 1}),
     "many input channels, small chunks": ((4, 1100, 12, 12), (40, 1100, 1, 1), {}),
+    "few channels": ((3, 24, 40, 40), (17, 24, 3, 3), {"padding": 1}),
     "tails of channels": ((2, 33, 7, 9), (65, 33, 3, 3), {"padding": 1}),
     "1x1": ((2, 64, 15, 15), (48, 64, 1, 1), {}),
     "no padding": ((3, 32, 10, 9), (32, 32, 3, 3), {}),
@@ -30,6 +31,12 @@ CASES = {
     "dilation": ((2, 32, 12, 9), (32, 32, 3, 3), {"padding": 2, "dilation": 2}),
     "padding wider than the kernel, an odd shift alone": ((2, 32, 5, 5), (32, 32, 1, 1), {"padding": (2, 1)}),
     "circular": ((2, 32, 8, 8), (32, 32, 3, 3), {"padding": 1, "padding_mode": "circular"}),
+    "stride": ((2, 32, 9, 12), (48, 32, 3, 3), {"padding": 1, "stride": 2}),
+    "strides, several slices": ((4, 40, 63, 40), (64, 40, 3, 3), {"padding": 1, "stride": (2, 1)}),
+    "stride larger than the kernel": ((3, 32, 17, 15), (32, 32, 2, 1), {"padding": (1, 0), "stride": (5, 3)}),
+    "stride and dilation": ((2, 32, 14, 13), (32, 32, 4, 3), {"padding": (3, 2), "stride": (2, 3), "dilation": (3, 2)}),
+    "a phase without pixels": ((40, 32, 1, 1), (32, 32, 3, 3), {"padding": 1, "stride": 2}),
+    "3-d, strides": ((2, 32, 5, 6, 7), (32, 32, 3, 3, 2), {"padding": (1, 1, 0), "stride": (1, 2, 3)}),
     "3-d": ((2, 32, 4, 5, 6), (32, 32, 2, 3, 3), {"padding": (1, 1, 0)}),
 }
 
@@ -49,10 +56,12 @@ def test_as_accurate_as_torch(name):
 def test_any_shape(data):
     two = lambda low, high, what: tuple(data.draw(st.integers(low, high), what) for _ in range(2))  # noqa: E731
     kernel, dilation, padding = two(1, 4, "kernel"), two(1, 2, "dilation"), two(0, 3, "padding")
+    stride = two(1, 3, "stride")
     size = tuple(d * (k - 1) + 2 + e for d, k, e in zip(dilation, kernel, two(0, 9, "extra"), strict=True))
-    c_in, c_out = two(32, 70, "channels")
+    c_in, c_out = two(17, 70, "channels")
     shape = (data.draw(st.integers(1, 5), "batch"), c_in, *size)
-    Case(shape, (c_out, c_in, *kernel), padding=padding, dilation=dilation).check(torch.bfloat16, torch.channels_last)
+    case = Case(shape, (c_out, c_in, *kernel), padding=padding, stride=stride, dilation=dilation)
+    case.check(torch.bfloat16, torch.channels_last)
 
 
 def step(case: Case, shape) -> list[torch.Tensor]:
@@ -61,7 +70,16 @@ def step(case: Case, shape) -> list[torch.Tensor]:
     return [out.detach(), leaves["input"].grad, leaves["weight"].grad]
 
 
-@pytest.mark.parametrize("name", ["one chunk", "several groups of output channels", "several slices of several chunks"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "one chunk",
+        "several groups of output channels",
+        "several slices of several chunks",
+        "few channels",
+        "strides, several slices",
+    ],
+)
 def test_threads_do_not_change_a_bit(name):
     shape, weight, geometry = CASES[name]
     case = Case(shape, weight, **geometry)
@@ -74,7 +92,8 @@ def test_threads_do_not_change_a_bit(name):
         ("all", (2, 32, 8, 8), (32, 32, 3, 3), {"padding": 1}),
         ("weight", (2, 32, 12, 12), (32, 32, 3, 3), {"padding": 1}),  # on larger images the library is as fast
         ("weight", (2, 32, 8, 8), (32, 32, 1, 1), {}),  # a matrix product
-        ("none", (2, 32, 8, 8), (32, 32, 3, 3), {"stride": 2}),
+        ("weight", (2, 32, 8, 8), (32, 32, 3, 3), {"stride": 2}),
+        ("weight", (2, 24, 8, 8), (17, 24, 3, 3), {}),
         ("none", (2, 64, 8, 8), (64, 32, 3, 3), {"groups": 2}),
         ("none", (2, 16, 8, 8), (32, 16, 3, 3), {}),
         ("none", (1, 32, 4, 700), (32, 32, 3, 3), {"padding": 1}),  # a chunk would be mostly its border

@@ -209,8 +209,8 @@ void amx_grad_weight(const GradWeightChunk& k, float* dw) {
   for (int64_t row = 0; row < rows; row += kTileChannels)
     for (int64_t column = 0; column < columns; column += kTileChannels)
       for (int64_t tap = 0; tap < k.taps; ++tap) {
-        const int64_t shift = k.shifts[tap] + k.lead;
-        const uint32_t* b0 = (shift % 2 ? k.odd : k.even) + column * pairs + shift / 2 * 16;
+        const int64_t start = k.starts[tap];
+        const uint32_t* b0 = (start % 2 ? k.odd : k.even) + column * pairs + start / 2 * 16;
         const uint32_t* b1 = b0 + 16 * pairs;
         const uint16_t *a0 = k.transposed + row * pitch, *a1 = a0 + 16 * pitch;
         float *c0 = dw + row * ld + tap * columns + column, *c1 = c0 + 16 * ld;

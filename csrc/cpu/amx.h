@@ -38,18 +38,18 @@ int64_t packed_weight_size(int64_t out_channels, int64_t taps, int64_t in_channe
 void amx_pack_weight(const uint16_t* weight, int64_t out_channels, int64_t taps, int64_t in_channels, bool adjoint,
                      int64_t first_out, uint32_t* packed);
 
-// For dw, one stretch of positions: rows[i] points to the channels at position i. x's positions begin `lead` before
-// dy's, and end lead + 1 behind; the rows of positions that the image does not have point to zeros.
+// For dw, one stretch of positions of dy: rows[i] points to the channels at position i, or to zeros where there are
+// none. dy's position p meets x's starts[t] + p at tap t; x's list is one longer than x_positions.
 struct GradWeightChunk {
   const uint16_t *const *x_rows, *const *dy_rows;
-  int64_t positions, lead;  // of dy, a multiple of kTilePositions; even
+  int64_t x_positions, positions;  // even; of dy, a multiple of kTilePositions
   int64_t in_channels, out_channels;
   int64_t taps;
-  const int64_t* shifts;  // per tap, from −lead to lead
-  bool first;             // dw is written, not added to
-  uint32_t *even, *odd;   // x in pairs of positions from 0 on, from 1 on (null: no shift is odd)
-  uint16_t* transposed;   // dyᵀ: transposed_size()
-  int64_t pairs() const { return positions / 2 + lead; }
+  const int64_t* starts;
+  bool first;            // dw is written, not added to
+  uint32_t *even, *odd;  // x in pairs of positions from 0 on, from 1 on (null: no start is odd)
+  uint16_t* transposed;  // dyᵀ: transposed_size()
+  int64_t pairs() const { return x_positions / 2; }
   int64_t pairs_size() const { return pairs() * padded_channels(in_channels); }
   int64_t pitch() const { return positions + kTilePositions; }  // rows of equal cache sets would push each other out
   int64_t transposed_size() const { return pitch() * padded_channels(out_channels); }

@@ -6,11 +6,15 @@
 // empty cell is zero. A list says for each position where its channels are. (For dw an empty cell of dy meets values of
 // x, so an infinite x makes NaN of taps, too, that do not meet it.)
 //
+// Only dw knows strides s: the pixels a, a + s, a + 2s, ... of x are a phase of it, with which the taps that meet them
+// form a convolution of stride 1. The phases lie one behind the other.
+//
 // Work is cut by the shape alone, into chunks of positions small enough for the L2 cache, times groups of channels. For
 // dw the positions are first cut into slices, whose sums are added at the end, in order.
 #include "convolution_amx.h"
 
 #include <ATen/Parallel.h>
+#include <c10/util/generic_math.h>
 
 #include "amx.h"
 #include "bn_blocks.h"
@@ -27,7 +31,10 @@ constexpr int64_t kGroup = 128;                // output channels; x is packed a
 constexpr int64_t kMostPositions = 640;        // of a chunk: dyᵀ of a tile's channels stays in the L1 cache
 constexpr int64_t kChunkElements = 1 << 19;    // of a chunk's operands
 constexpr int64_t kSmallPlane = 64;            // positions of an image: above, the library is as fast
+constexpr int64_t kFewChannels = 16;           // for dw: so few leave three quarters of a product empty
 constexpr int64_t kMostParts = 2 * (1 << 20);  // floats in all slices' sums
+
+int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // The last axes of a tensor, as three.
 struct Sizes : std::array<int64_t, 3> {
@@ -36,52 +43,76 @@ struct Sizes : std::array<int64_t, 3> {
   }
 };
 
+// Every step[i]-th pixel of images (N, *size, channels) along each axis, from begin[i] on.
+struct Pixels {
+  Sizes size, step{{}, 1}, begin{{}, 0};
+};
+
 struct Grid {
-  Sizes in, out, cells;
-  int64_t positions;  // of all images
+  Pixels in, out;
+  std::vector<Pixels> phases;  // of x, those that have taps
+  std::vector<int64_t> phase;  // per tap, one of these
   std::vector<int64_t> shifts;
+  Sizes cells;
+  int64_t positions;  // of all images
   int64_t lead = 0;
 
   Grid(IntArrayRef input, IntArrayRef output, IntArrayRef weight, const ConvGeometry& g)
-      : in(input.slice(2), 1), out(output.slice(2), 1), cells(in) {
-    const Sizes kernel(weight.slice(2), 1), dilation(g.dilation, 1);
+      : in{{input.slice(2), 1}}, out{{output.slice(2), 1}}, cells(out.size) {
+    const Sizes kernel(weight.slice(2), 1), dilation(g.dilation, 1), stride(g.stride, 1);
     Sizes before({}, 0);
-    for (int64_t axis = 0; axis < g.axes(); ++axis) {
-      const int64_t lo = g.padding[2 * axis], hi = g.padding[2 * axis + 1], i = axis + 3 - g.axes();
-      before[i] = lo;
-      cells[i] = std::max(in[i] + std::max(lo, hi), out[i]);
+    for (int64_t axis = 0; axis < g.axes(); ++axis) before[axis + 3 - g.axes()] = g.padding[2 * axis];
+    // Tap i of an axis meets x at  stride·h + i·dilation − before = stride·(h + shift) + begin,  0 ≤ begin < stride.
+    std::vector<Sizes> tap_shifts;
+    for (int64_t tap = 0; tap < c10::multiply_integers(kernel); ++tap) {
+      const std::array<int64_t, 3> index{tap / kernel[2] / kernel[1], tap / kernel[2] % kernel[1], tap % kernel[2]};
+      Sizes shift({}, 0);
+      Pixels pixels{in.size, stride};
+      for (int i = 0; i < 3; ++i) {
+        const int64_t offset = index[i] * dilation[i] - before[i];
+        shift[i] = c10::div_floor_integer(offset, stride[i]);
+        pixels.begin[i] = offset - shift[i] * stride[i];
+        const int64_t extent = pieces(in.size[i] - pixels.begin[i], stride[i]);
+        cells[i] = std::max({cells[i], out.size[i] + shift[i], extent - shift[i]});
+      }
+      const auto known =
+          std::find_if(phases.begin(), phases.end(), [&](const Pixels& p) { return p.begin == pixels.begin; });
+      phase.push_back(known - phases.begin());
+      if (known == phases.end()) phases.push_back(pixels);
+      tap_shifts.push_back(shift);
     }
-    positions = input[0] * cells[0] * cells[1] * cells[2];
-    for (int64_t d = 0; d < kernel[0]; ++d)
-      for (int64_t h = 0; h < kernel[1]; ++h)
-        for (int64_t w = 0; w < kernel[2]; ++w)
-          shifts.push_back(((d * dilation[0] - before[0]) * cells[1] + h * dilation[1] - before[1]) * cells[2] +
-                           w * dilation[2] - before[2]);
-    for (const int64_t shift : shifts) lead = std::max(lead, std::abs(shift));
+    positions = input[0] * c10::multiply_integers(cells);
+    for (const Sizes& shift : tap_shifts) {
+      shifts.push_back((shift[0] * cells[1] + shift[1]) * cells[2] + shift[2]);
+      lead = std::max(lead, std::abs(shifts.back()));
+    }
     lead += lead % 2;
   }
 
   // rows[i] = where the channels at position first + i of data (N, *size, channels) are; for an empty cell, zeros
   template <class T>
-  void locate(T* data, const Sizes& size, int64_t channels, int64_t first, int64_t count, T* zeros, T** rows) const {
+  void locate(T* data, const Pixels& of, int64_t channels, int64_t first, int64_t count, T* zeros, T** rows) const {
+    const auto& [size, step, begin] = of;
     for (int64_t i = 0; i < count;) {
       const int64_t p = first + i;
       if (p < 0 || p >= positions) {
         rows[i++] = zeros;
         continue;
       }
-      const int64_t line = p / cells[2], h = line % cells[1], plane = line / cells[1], d = plane % cells[0];
+      const int64_t line = p / cells[2], plane = line / cells[1];
+      const int64_t d = plane % cells[0] * step[0] + begin[0], h = line % cells[1] * step[1] + begin[1];
       const bool inside = h < size[1] && d < size[0];
       T* const start = data + ((plane / cells[0] * size[0] + d) * size[1] + h) * size[2] * channels;
-      for (int64_t w = p % cells[2]; w < cells[2] && i < count; ++w, ++i)
+      for (int64_t cell = p % cells[2]; cell < cells[2] && i < count; ++cell, ++i) {
+        const int64_t w = cell * step[2] + begin[2];
         rows[i] = inside && w < size[2] ? start + w * channels : zeros;
+      }
     }
   }
 };
 
 const uint16_t* bits(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
 
-int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 int64_t tiled(int64_t positions) { return pieces(positions, kTilePositions) * kTilePositions; }
 
 at::MemoryFormat channels_last(const ConvGeometry& g) {
@@ -90,10 +121,8 @@ at::MemoryFormat channels_last(const ConvGeometry& g) {
 
 // Whether the kernels can do it: sizes of x and y, w as it is.
 bool possible(const Tensor& like, IntArrayRef input, IntArrayRef output, const Tensor& weight, const ConvGeometry& g) {
-  const auto one = [](int64_t stride) { return stride == 1; };
   return like.is_cpu() && like.scalar_type() == at::kBFloat16 && amx_available() && g.axes() >= 2 && g.groups == 1 &&
-         std::all_of(g.stride.begin(), g.stride.end(), one) && like.is_contiguous(channels_last(g)) &&
-         like.numel() > 0 && weight.size(0) >= 32 && weight.size(1) >= 32 &&
+         like.is_contiguous(channels_last(g)) && like.numel() > 0 &&
          Grid(input, output, weight.sizes(), g).lead <= kMostPositions;
 }
 
@@ -105,7 +134,7 @@ Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef input_sizes
   if (adjoint)
     for (int64_t& shift : grid.shifts) shift = -shift;
   const int64_t from = weight.size(adjoint ? 0 : 1), to = weight.size(adjoint ? 1 : 0);
-  const Sizes &from_size = adjoint ? grid.out : grid.in, &to_size = adjoint ? grid.in : grid.out;
+  const Pixels &from_pixels = adjoint ? grid.out : grid.in, &to_pixels = adjoint ? grid.in : grid.out;
 
   const Tensor w = weight.contiguous(channels_last(g));
   AlignedVector<uint32_t> packed(packed_weight_size(weight.size(0), taps, weight.size(1)));
@@ -138,9 +167,9 @@ Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef input_sizes
                           packed.data() + packed_weight_size(group, taps, from)};
       copy.resize(chunk.copy_size());
       chunk.copy = copy.data();
-      grid.locate(bits(data), from_size, from, first - grid.lead, positions + 2 * grid.lead, zeros.data(),
+      grid.locate(bits(data), from_pixels, from, first - grid.lead, positions + 2 * grid.lead, zeros.data(),
                   x_rows.data());
-      grid.locate<uint16_t>(out_bits, to_size, to, first, positions, nullptr, y_rows.data());
+      grid.locate<uint16_t>(out_bits, to_pixels, to, first, positions, nullptr, y_rows.data());
       for (uint16_t*& row : y_rows)
         if (row) row += group;
       amx_convolve(chunk);
@@ -154,7 +183,10 @@ Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef input_sizes
 bool takes_convolve_amx(const Tensor& like, const Tensor& weight, IntArrayRef input_sizes, IntArrayRef output_sizes,
                         const ConvGeometry& g) {
   const bool matrix_product = weight.numel() == weight.size(0) * weight.size(1);
-  return !matrix_product && c10::multiply_integers(output_sizes.slice(2)) <= kSmallPlane &&
+  const auto one = [](int64_t stride) { return stride == 1; };
+  return !matrix_product && std::all_of(g.stride.begin(), g.stride.end(), one) &&
+         std::min(weight.size(0), weight.size(1)) >= kTileChannels &&
+         c10::multiply_integers(output_sizes.slice(2)) <= kSmallPlane &&
          possible(like, input_sizes, output_sizes, weight, g);
 }
 
@@ -168,7 +200,8 @@ Tensor grad_input_amx(const Tensor& grad_output, const Tensor& weight, IntArrayR
 
 bool takes_grad_weight_amx(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                            const ConvGeometry& g) {
-  return possible(input, input.sizes(), grad_output.sizes(), weight, g) && grad_output.is_contiguous(channels_last(g));
+  return std::min(weight.size(0), weight.size(1)) > kFewChannels &&
+         possible(input, input.sizes(), grad_output.sizes(), weight, g) && grad_output.is_contiguous(channels_last(g));
 }
 
 Tensor grad_weight_amx(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_sizes,
@@ -176,6 +209,7 @@ Tensor grad_weight_amx(const Tensor& grad_output, const Tensor& input, IntArrayR
   const Grid grid(input.sizes(), grad_output.sizes(), weight_sizes, g);
   const int64_t in_channels = weight_sizes[1], out_channels = weight_sizes[0];
   const int64_t columns = padded_channels(in_channels), taps = static_cast<int64_t>(grid.shifts.size());
+  const int64_t phases = static_cast<int64_t>(grid.phases.size());
   const bool odd_shifts = std::any_of(grid.shifts.begin(), grid.shifts.end(), [](int64_t shift) { return shift % 2; });
   const int64_t part = padded_channels(out_channels) * taps * columns;
   const int64_t most_slices = std::clamp<int64_t>(kMostParts / part, 1, pieces(grid.positions, kMostPositions));
@@ -183,7 +217,8 @@ Tensor grad_weight_amx(const Tensor& grad_output, const Tensor& input, IntArrayR
   const int64_t groups = pieces(out_channels, width);
   const int64_t slice = tiled(pieces(grid.positions, std::clamp<int64_t>(kUnits / groups, 1, most_slices)));
   const int64_t slices = pieces(grid.positions, slice);
-  const int64_t most = std::clamp<int64_t>(kChunkElements / (2 * columns + width) - 2 * grid.lead, 128, kMostPositions);
+  const int64_t most =
+      std::clamp<int64_t>(kChunkElements / (2 * phases * columns + width) - 2 * grid.lead, 128, kMostPositions);
   const int64_t positions = tiled(pieces(slice, pieces(slice, most)));
   const Tensor parts = at::empty({slices, part}, at::kFloat);
   float* const sums = parts.mutable_data_ptr<float>();
@@ -192,21 +227,24 @@ Tensor grad_weight_amx(const Tensor& grad_output, const Tensor& input, IntArrayR
   at::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
     thread_local AlignedVector<uint32_t> even, odd;
     thread_local AlignedVector<uint16_t> transposed;
-    std::vector<const uint16_t*> x_rows(positions + 2 * grid.lead + 1), dy_rows(positions);
+    std::vector<const uint16_t*> x_rows(phases * (positions + 2 * grid.lead) + 1, zeros.data()), dy_rows(positions);
+    std::vector<int64_t> starts(taps);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t group = unit % groups * width, first = unit / groups * slice;
       const int64_t last = std::min(first + slice, grid.positions);
       for (int64_t p = first; p < last; p += positions) {
-        const int64_t mine = std::min(positions, last - p);
-        GradWeightChunk chunk{x_rows.data(), dy_rows.data(),     tiled(mine),
-                              grid.lead,     in_channels,        std::min(width, out_channels - group),
-                              taps,          grid.shifts.data(), p == first};
+        const int64_t mine = std::min(positions, last - p), span = tiled(mine) + 2 * grid.lead;
+        for (int64_t t = 0; t < taps; ++t) starts[t] = grid.phase[t] * span + grid.lead + grid.shifts[t];
+        GradWeightChunk chunk{x_rows.data(), dy_rows.data(), phases * span,
+                              tiled(mine),   in_channels,    std::min(width, out_channels - group),
+                              taps,          starts.data(),  p == first};
         even.resize(chunk.pairs_size());
         if (odd_shifts) odd.resize(chunk.pairs_size());
         transposed.resize(chunk.transposed_size());
         chunk.even = even.data(), chunk.odd = odd_shifts ? odd.data() : nullptr, chunk.transposed = transposed.data();
-        grid.locate(bits(input), grid.in, in_channels, p - grid.lead, chunk.positions + 2 * grid.lead + 1, zeros.data(),
-                    x_rows.data());
+        for (int64_t f = 0; f < phases; ++f)
+          grid.locate(bits(input), grid.phases[f], in_channels, p - grid.lead, span, zeros.data(),
+                      x_rows.data() + f * span);
         // beyond the slice dy is zero: the next unit has it
         grid.locate(bits(grad_output) + group, grid.out, out_channels, p, mine, zeros.data(), dy_rows.data());
         std::fill(dy_rows.begin() + mine, dy_rows.end(), zeros.data());

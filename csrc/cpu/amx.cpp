@@ -2,6 +2,9 @@
 
 #include <ATen/cpu/Utils.h>
 
+#include <algorithm>
+#include <array>
+
 #include "isa.h"
 
 #if defined(__x86_64__) && __has_include(<amxbf16intrin.h>)
@@ -48,25 +51,27 @@ struct Tiles {
   }
   ~Tiles() { _tile_release(); }
 
-  // Tiles 0 to 3 are a result of 32 × 32, rows `stride` bytes apart; 4 and 5 its rows' operand, 6 and 7 its columns'.
+  // Tiles 0 to 3 are results, rows `stride` bytes apart, 4 to 7 operands.
+  using Results = std::array<float*, 4>;
   static void clear() {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   }
-  static void load(const float* c0, const float* c1, int stride) {
-    _tile_loadd(0, c0, stride);
-    _tile_loadd(1, c0 + 16, stride);
-    _tile_loadd(2, c1, stride);
-    _tile_loadd(3, c1 + 16, stride);
+  static void load(const Results& c, int stride) {
+    _tile_loadd(0, c[0], stride);
+    _tile_loadd(1, c[1], stride);
+    _tile_loadd(2, c[2], stride);
+    _tile_loadd(3, c[3], stride);
   }
-  static void store(float* c0, float* c1, int stride) {
-    _tile_stored(0, c0, stride);
-    _tile_stored(1, c0 + 16, stride);
-    _tile_stored(2, c1, stride);
-    _tile_stored(3, c1 + 16, stride);
+  static void store(const Results& c, int stride) {
+    _tile_stored(0, c[0], stride);
+    _tile_stored(1, c[1], stride);
+    _tile_stored(2, c[2], stride);
+    _tile_stored(3, c[3], stride);
   }
+  // (a0, a1) × (b0, b1)
   static void add_product(const uint16_t* a0, const uint16_t* a1, int stride, const uint32_t* b0, const uint32_t* b1) {
     _tile_loadd(4, a0, stride);
     _tile_loadd(6, b0, 64);
@@ -76,6 +81,19 @@ struct Tiles {
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+  }
+  // a × (b0, b1, b2, b3)
+  static void add_product(const uint16_t* a, int stride, const uint32_t* b0, const uint32_t* b1, const uint32_t* b2,
+                          const uint32_t* b3) {
+    _tile_loadd(4, a, stride);
+    _tile_loadd(5, b0, 64);
+    _tile_loadd(6, b1, 64);
+    _tile_loadd(7, b2, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(5, b3, 64);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 4, 5);
   }
 };
 
@@ -108,7 +126,7 @@ void pack_pairs(const uint16_t* const* rows, int64_t pairs, int64_t channels, ui
       const __mmask32 mask = lanes(channels - c);
       interleave(rows[2 * q] + c, rows[2 * q + 1] + c, mask, mask, first, second);
       _mm512_store_si512(out + c * pairs + 16 * q, first);
-      _mm512_store_si512(out + (c + 16) * pairs + 16 * q, second);
+      if (channels - c > 16) _mm512_store_si512(out + (c + 16) * pairs + 16 * q, second);
     }
 }
 
@@ -189,7 +207,7 @@ void amx_convolve(const ConvolveChunk& k) {
         for (int64_t block = 0; block < blocks; ++block, a0 += 32, a1 += 32, b0 += 256, b1 += 256)
           Tiles::add_product(a0, a1, a_stride, b0, b1);
       }
-      Tiles::store(results[0], results[16], c_stride);
+      Tiles::store({results[0], results[0] + 16, results[16], results[16] + 16}, c_stride);
       const __mmask32 mask = lanes(k.out_channels - o);
       for (int64_t r = 0; r < kTilePositions; ++r)
         if (uint16_t* const y = k.y_rows[p + r])
@@ -207,18 +225,28 @@ void amx_grad_weight(const GradWeightChunk& k, float* dw) {
   const Tiles tiles;
   const int a_stride = stride_of(pitch, sizeof(uint16_t)), c_stride = stride_of(ld, sizeof(float));
   for (int64_t row = 0; row < rows; row += kTileChannels)
-    for (int64_t column = 0; column < columns; column += kTileChannels)
-      for (int64_t tap = 0; tap < k.taps; ++tap) {
-        const int64_t start = k.starts[tap];
-        const uint32_t* b0 = (start % 2 ? k.odd : k.even) + column * pairs + start / 2 * 16;
-        const uint32_t* b1 = b0 + 16 * pairs;
-        const uint16_t *a0 = k.transposed + row * pitch, *a1 = a0 + 16 * pitch;
-        float *c0 = dw + row * ld + tap * columns + column, *c1 = c0 + 16 * ld;
-        k.first ? Tiles::clear() : Tiles::load(c0, c1, c_stride);
+    for (int64_t column = 0; column < columns; column += kTileChannels) {
+      // Tiles of x: a tap has two, or one for up to 16 channels. Two at a time, or four for up to 16 rows of dyᵀ; where
+      // too few are left, the last one again, with the same result.
+      const int64_t halves = k.in_channels - column > 16 ? 2 : 1, tiles = k.taps * halves;
+      const bool narrow = k.out_channels - row <= 16;
+      const uint16_t *a0 = k.transposed + row * pitch, *a1 = a0 + 16 * pitch;
+      for (int64_t first = 0; first < tiles; first += narrow ? 4 : 2) {
+        const uint32_t* b[4];
+        Tiles::Results c;
+        for (int64_t i = 0; i < 4; ++i) {
+          const int64_t n = std::min(first + (narrow ? i : i % 2), tiles - 1), tap = n / halves;
+          const int64_t half = n % halves * 16, start = k.starts[tap];
+          b[i] = (start % 2 ? k.odd : k.even) + (column + half) * pairs + start / 2 * 16;
+          c[i] = dw + (row + (narrow ? 0 : i / 2 * 16)) * ld + tap * columns + column + half;
+        }
+        k.first ? Tiles::clear() : Tiles::load(c, c_stride);
         for (int64_t p = 0; p < k.positions; p += kTilePositions)
-          Tiles::add_product(a0 + p, a1 + p, a_stride, b0 + 8 * p, b1 + 8 * p);
-        Tiles::store(c0, c1, c_stride);
+          narrow ? Tiles::add_product(a0 + p, a_stride, b[0] + 8 * p, b[1] + 8 * p, b[2] + 8 * p, b[3] + 8 * p)
+                 : Tiles::add_product(a0 + p, a1 + p, a_stride, b[0] + 8 * p, b[1] + 8 * p);
+        Tiles::store(c, c_stride);
       }
+    }
 }
 
 void amx_sum_slices(const float* parts, int64_t slices, int64_t stride, int64_t count, uint16_t* out) {

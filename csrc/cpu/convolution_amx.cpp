@@ -28,10 +28,11 @@ using at::Tensor;
 
 constexpr int64_t kUnits = 16;                 // of work, if the slices allow it
 constexpr int64_t kGroup = 128;                // output channels; x is packed again for each group
+constexpr int64_t kWidestGroup = 256;          // for dw, if there is work enough
 constexpr int64_t kMostPositions = 640;        // of a chunk: dyᵀ of a tile's channels stays in the L1 cache
 constexpr int64_t kChunkElements = 1 << 19;    // of a chunk's operands
 constexpr int64_t kSmallPlane = 64;            // positions of an image: above, the library is as fast
-constexpr int64_t kFewChannels = 16;           // for dw: so few leave three quarters of a product empty
+constexpr int64_t kLeastChannels = 16;         // for dw: fewer leave too much of a tile empty
 constexpr int64_t kMostParts = 2 * (1 << 20);  // floats in all slices' sums
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -101,12 +102,12 @@ struct Grid {
       }
       const int64_t line = p / cells[2], plane = line / cells[1];
       const int64_t d = plane % cells[0] * step[0] + begin[0], h = line % cells[1] * step[1] + begin[1];
-      const bool inside = h < size[1] && d < size[0];
-      T* const start = data + ((plane / cells[0] * size[0] + d) * size[1] + h) * size[2] * channels;
-      for (int64_t cell = p % cells[2]; cell < cells[2] && i < count; ++cell, ++i) {
-        const int64_t w = cell * step[2] + begin[2];
-        rows[i] = inside && w < size[2] ? start + w * channels : zeros;
-      }
+      const int64_t filled = h < size[1] && d < size[0] ? pieces(size[2] - begin[2], step[2]) : 0;  // cells of the line
+      T* const start = data + (((plane / cells[0] * size[0] + d) * size[1] + h) * size[2] + begin[2]) * channels;
+      const int64_t cell = p % cells[2], next = i - cell + std::min(cells[2], cell + count - i);
+      const int64_t end = std::clamp(i - cell + filled, i, next);
+      for (int64_t w = cell; i < end; ++w, ++i) rows[i] = start + w * step[2] * channels;
+      for (; i < next; ++i) rows[i] = zeros;
     }
   }
 };
@@ -200,7 +201,7 @@ Tensor grad_input_amx(const Tensor& grad_output, const Tensor& weight, IntArrayR
 
 bool takes_grad_weight_amx(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                            const ConvGeometry& g) {
-  return std::min(weight.size(0), weight.size(1)) > kFewChannels &&
+  return std::min(weight.size(0), weight.size(1)) >= kLeastChannels &&
          possible(input, input.sizes(), grad_output.sizes(), weight, g) && grad_output.is_contiguous(channels_last(g));
 }
 
@@ -213,7 +214,8 @@ Tensor grad_weight_amx(const Tensor& grad_output, const Tensor& input, IntArrayR
   const bool odd_shifts = std::any_of(grid.shifts.begin(), grid.shifts.end(), [](int64_t shift) { return shift % 2; });
   const int64_t part = padded_channels(out_channels) * taps * columns;
   const int64_t most_slices = std::clamp<int64_t>(kMostParts / part, 1, pieces(grid.positions, kMostPositions));
-  const int64_t width = most_slices * pieces(out_channels, kGroup) < kUnits / 2 ? kGroup / 2 : kGroup;
+  int64_t width = kWidestGroup;
+  while (width > kGroup / 2 && most_slices * pieces(out_channels, width) < kUnits / 2) width /= 2;
   const int64_t groups = pieces(out_channels, width);
   const int64_t slice = tiled(pieces(grid.positions, std::clamp<int64_t>(kUnits / groups, 1, most_slices)));
   const int64_t slices = pieces(grid.positions, slice);

@@ -42,8 +42,8 @@ def assert_as_accurate(ours, theirs, exact, dtype, what):
 def bare_convolution(x, weight, grad, **geometry):
     """Output, dx and dw of the layer whose batch normalisation does nothing."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    channels = weight.shape[0]
-    out = cb.conv_bn(x, weight, running_mean=torch.zeros(channels), running_var=torch.ones(channels), eps=0, **geometry)
+    zeros = torch.zeros(len(weight), dtype=x.dtype)
+    out = cb.conv_bn(x, weight, running_mean=zeros, running_var=zeros + 1, eps=0, **geometry)
     out.backward(grad)
     return out.detach(), x.grad, weight.grad
 

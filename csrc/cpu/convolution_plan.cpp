@@ -7,10 +7,11 @@
 //   Pieces and samples are computed each by itself and added in order, whatever the number of threads. A stride leaves
 //   out pixels before the product.
 //
-//   float32, 3×3, enough channels: Winograd's algorithm, in channels_last.
+//   float32, 3×3, enough channels: Winograd's algorithm, in channels_last. float64 in channels_last: our own products.
 //
 //   Everything else: our AMX kernels want channels_last; the library computes in channels_last or in blocks of 16
-//   channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does.
+//   channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does. Its dw
+//   depends on the number of threads; in float32 and float64 we take our own, for all but many groups of few channels.
 //
 // Every way takes and gives the memory format that torch's convolution would.
 #include "../convolution_plan.h"
@@ -18,6 +19,8 @@
 #include <ATen/Context.h>
 
 #include "convolution_amx.h"
+#include "convolution_f64.h"
+#include "grad_weight.h"
 #include "memory_format.h"
 #include "narrow.h"
 #include "winograd.h"
@@ -35,6 +38,7 @@ bool channels_last(const Tensor& t) { return t.suggest_memory_format() == Format
 // ---- in the memory format that the arguments have: our own kernels or the library's ----
 
 Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (takes_convolve_f64(x, weight, g)) return convolve_f64(x, weight, g);
   if (takes_convolve_amx(x, weight, x.sizes(), g.output_sizes(x.sizes(), weight.sizes()), g))
     return convolve_amx(x, weight, g);
   const std::vector<int64_t> zero(g.axes(), 0);
@@ -43,19 +47,22 @@ Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
 
 std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                            const ConvGeometry& g, bool needs_input, bool needs_weight) {
-  const bool narrow = takes_grad_input_narrow(grad_output, weight, x.sizes(), g);
-  const bool own_input =
-      needs_input && (narrow || takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g));
-  const bool own_weight = needs_weight && takes_grad_weight_amx(grad_output, x, weight, g);
-  const std::array<bool, 3> library{needs_input && !own_input, needs_weight && !own_weight, false};
+  const auto input_by = takes_convolve_f64(x, weight, g)                                             ? grad_input_f64
+                        : takes_grad_input_narrow(grad_output, weight, x.sizes(), g)                 ? grad_input_narrow
+                        : takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g) ? grad_input_amx
+                                                                                                     : nullptr;
+  const auto weight_by = takes_grad_weight_amx(grad_output, x, weight, g) ? grad_weight_amx
+                         : takes_grad_weight_by_pixels(grad_output, x, g) ? grad_weight_by_pixels
+                                                                          : nullptr;
+  const std::array<bool, 3> library{needs_input && !input_by, needs_weight && !weight_by, false};
   const std::vector<int64_t> zero(g.axes(), 0);
   Tensor grad_input, grad_weight;
   if (library[0] || library[1])
     std::tie(grad_input, grad_weight, std::ignore) =
         at::convolution_backward(grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g),
                                  g.dilation, /*transposed=*/false, zero, g.groups, library);
-  if (own_input) grad_input = (narrow ? grad_input_narrow : grad_input_amx)(grad_output, weight, x.sizes(), g);
-  if (own_weight) grad_weight = grad_weight_amx(grad_output, x, weight.sizes(), g);
+  if (needs_input && input_by) grad_input = input_by(grad_output, weight, x.sizes(), g);
+  if (needs_weight && weight_by) grad_weight = weight_by(grad_output, x, weight.sizes(), g);
   return {grad_input, grad_weight};
 }
 
@@ -95,6 +102,7 @@ Tensor planes(const Tensor& t) { return to_format(t, Format::Contiguous).flatten
 Tensor each_product(const Tensor& w, const Tensor& x) { return at::bmm(w.expand({x.size(0), -1, -1}), x); }
 
 constexpr int64_t kPieceRows = 1024;  // a piece has at least so many, enough to be worth a product of its own
+constexpr int64_t kFewPieces = 4;     // MKL would share the sums of fewer among its threads
 
 // aᵀ b, a (M, A), b (M, B)
 Tensor sum_of_products(const Tensor& a, const Tensor& b) {
@@ -110,6 +118,8 @@ Tensor sum_of_products(const Tensor& a, const Tensor& b) {
 Tensor grad_weight_by_rows(const Tensor& dy, const Tensor& x, const Tensor& weight) {
   const ConvGeometry g{{1, 1}, {0, 0, 0, 0}, {1, 1}};
   if (takes_grad_weight_amx(dy, x, weight, g)) return grad_weight_amx(dy, x, weight.sizes(), g);
+  if (takes_grad_weight_by_pixels(dy, x, g) && dy.numel() / dy.size(1) < kFewPieces * kPieceRows)
+    return grad_weight_by_pixels(dy, x, weight.sizes(), g);
   return sum_of_products(rows(dy), rows(x)).view(weight.sizes());
 }
 
@@ -124,7 +134,9 @@ std::tuple<Tensor, Tensor> by_planes_backward(const Tensor& grad_output, const T
   Tensor grad_input, grad_weight;
   if (needs_input)
     grad_input = scattered(each_product(weight.flatten(1).t(), dy).unflatten(2, seen.sizes().slice(2)), x.sizes(), g);
-  if (needs_weight) grad_weight = at::bmm(dy, planes(seen).transpose(1, 2)).sum(0).view(weight.sizes());
+  if (needs_weight)
+    grad_weight = dy.size(0) < kFewPieces ? grad_weight_by_rows(grad_output, seen, weight)
+                                          : at::bmm(dy, planes(seen).transpose(1, 2)).sum(0).view(weight.sizes());
   return {grad_input, grad_weight};
 }
 
@@ -145,13 +157,12 @@ bool has_plan(const Tensor& t) {
 }
 
 Plan plan_product(Format given, bool half, const Tensor& weight, int64_t pixels, bool strided) {
-  // Weights that outweigh half of a sample make its product a thin one; they also make the library slow at dW, where
-  // each of its threads has a copy. In bfloat16 32 channels are one tile.
+  // Weights that outweigh half of a sample make its product a thin one. In bfloat16 32 channels are one tile.
   const int64_t out = weight.size(0), in = weight.size(1);
   const bool thin = 2 * out * in > (out + in) * pixels, wide = std::min(out, in) > 32;
   if (given == Format::Contiguous && !thin) return {.given = given, .format = given, .planes = true};
   if (half) return {.given = given, .format = Format::ChannelsLast, .rows = wide && !strided, .weight_rows = wide};
-  return {.given = given, .format = given, .weight_rows = given == Format::ChannelsLast && thin};
+  return {.given = given, .format = given, .weight_rows = true};
 }
 
 Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {

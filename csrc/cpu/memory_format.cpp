@@ -43,13 +43,16 @@ Tensor to_format(const Tensor& t, at::MemoryFormat format) {
   const bool to_last = format == at::MemoryFormat::ChannelsLast;
   const auto other = to_last ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
   const int64_t bytes = t.element_size();
-  if (t.is_contiguous(format) || !t.is_contiguous(other) || !t.is_cpu() || t.numel() == 0 || (bytes != 2 && bytes != 4))
+  if (t.is_contiguous(format) || !t.is_contiguous(other) || !t.is_cpu() || t.numel() == 0 ||
+      (bytes != 2 && bytes != 4 && bytes != 8))
     return t.contiguous(format);
   const Tensor result = at::empty(t.sizes(), t.options().memory_format(format));
   const int64_t channels = t.size(1), plane = t.size(2) * t.size(3);
-  (bytes == 2 ? transpose_each<uint16_t> : transpose_each<uint32_t>)(t.const_data_ptr(), result.mutable_data_ptr(),
-                                                                     t.size(0), to_last ? channels : plane,
-                                                                     to_last ? plane : channels);
+  const auto transpose = bytes == 2   ? transpose_each<uint16_t>
+                         : bytes == 4 ? transpose_each<uint32_t>
+                                      : transpose_each<uint64_t>;
+  transpose(t.const_data_ptr(), result.mutable_data_ptr(), t.size(0), to_last ? channels : plane,
+            to_last ? plane : channels);
   return result;
 }
 

@@ -1,4 +1,4 @@
-// Transposition of a matrix of 2- or 4-byte values. Included like each_isa.inl does: kWordBytes is defined.
+// Transposition of a matrix of 2-, 4- or 8-byte values. Included like each_isa.inl does: kWordBytes is defined.
 //   out[c, r] = in[r, c],  in (rows, columns) with stride in_stride, out (columns, rows) with stride out_stride
 // Tiles of n × n values pass through n registers: stage s = 1, 2, 4, … exchanges, between rows i and i + s (bit s of i
 // clear), the columns with bit s set of the first with those with bit s clear of the second; log₂ n stages transpose.

@@ -25,6 +25,8 @@ CASES = {
     "few channels": ((3, 24, 40, 40), (17, 24, 3, 3), {"padding": 1}),
     "one tile of x, one of dy": ((3, 16, 40, 40), (16, 16, 3, 3), {"padding": 1}),
     "one tile of x, several of dy": ((2, 16, 9, 9), (48, 16, 3, 3), {"padding": 1}),
+    "three channels": ((4, 3, 32, 32), (5, 3, 7, 7), {"padding": 3, "stride": 2}),
+    "one channel": ((3, 1, 20, 20), (1, 1, 3, 3), {"padding": 1}),
     "tails of channels": ((2, 33, 7, 9), (65, 33, 3, 3), {"padding": 1}),
     "1x1": ((2, 64, 15, 15), (48, 64, 1, 1), {}),
     "no padding": ((3, 32, 10, 9), (32, 32, 3, 3), {}),
@@ -79,6 +81,7 @@ def step(case: Case, shape) -> list[torch.Tensor]:
         "several groups of output channels",
         "several slices of several chunks",
         "one tile of x, one of dy",
+        "three channels",
         "strides, several slices",
     ],
 )
@@ -97,7 +100,8 @@ def test_threads_do_not_change_a_bit(name):
         ("weight", (2, 32, 8, 8), (32, 32, 3, 3), {"stride": 2}),
         ("weight", (2, 16, 8, 8), (16, 16, 3, 3), {}),
         ("none", (2, 64, 8, 8), (64, 32, 3, 3), {"groups": 2}),
-        ("none", (2, 15, 8, 8), (32, 15, 3, 3), {}),
+        ("weight", (2, 3, 16, 16), (16, 3, 3, 3), {}),
+        ("none", (1, 15, 96, 96), (32, 15, 3, 3), {}),
         ("none", (1, 32, 4, 700), (32, 32, 3, 3), {"padding": 1}),  # a chunk would be mostly its border
     ],
 )

@@ -32,7 +32,8 @@ constexpr int64_t kWidestGroup = 256;          // for dw, if there is work enoug
 constexpr int64_t kMostPositions = 640;        // of a chunk: dyᵀ of a tile's channels stays in the L1 cache
 constexpr int64_t kChunkElements = 1 << 19;    // of a chunk's operands
 constexpr int64_t kSmallPlane = 64;            // positions of an image: above, the library is as fast
-constexpr int64_t kLeastChannels = 16;         // for dw: fewer leave too much of a tile empty
+constexpr int64_t kLeastChannels = 16;         // for dw: fewer leave too much of a tile empty,
+constexpr int64_t kFewPositions = 1 << 13;     // but with so few of dy the library needs longer to begin
 constexpr int64_t kMostParts = 2 * (1 << 20);  // floats in all slices' sums
 
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -201,7 +202,8 @@ Tensor grad_input_amx(const Tensor& grad_output, const Tensor& weight, IntArrayR
 
 bool takes_grad_weight_amx(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                            const ConvGeometry& g) {
-  return std::min(weight.size(0), weight.size(1)) >= kLeastChannels &&
+  const bool few_positions = grad_output.numel() <= kFewPositions * grad_output.size(1);
+  return (few_positions || std::min(weight.size(0), weight.size(1)) >= kLeastChannels) &&
          possible(input, input.sizes(), grad_output.sizes(), weight, g) && grad_output.is_contiguous(channels_last(g));
 }
 

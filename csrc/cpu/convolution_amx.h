@@ -1,5 +1,5 @@
 // bfloat16 convolutions by AMX tiles, for the layers where the library is slower: the weight's gradient everywhere, the
-// convolution and its adjoint on small images, at stride 1. No groups, channels_last, enough channels.
+// convolution and its adjoint on small images, at stride 1. No groups, channels_last; of few channels only few images.
 #pragma once
 #include "../convolution.h"
 

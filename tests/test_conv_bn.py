@@ -154,6 +154,18 @@ def test_saved_tensors_are_x_w_y_and_vectors():
         assert all(t.numel() <= 16 or t.shape in (x.shape, w.shape, (4, 16, 10, 10)) for t in saved)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(52, 52), (7, 7), (300, 300)])
+def test_results_written_past_the_caches(size, layout):
+    """More than 8 MiB: blocks of several planes, of samples side by side, of a part of a plane."""
+    pixels = size[0] * size[1]
+    x = torch.randn(2_400_000 // (16 * pixels) + 1, 2, *size).contiguous(memory_format=layout)
+    weight = torch.randn(16, 2, 1, 1)
+    y = F.conv2d(x.double(), weight.double())
+    expected = F.batch_norm(y, None, None, training=True)
+    torch.testing.assert_close(cb.conv_bn(x, weight, training=True).double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_large_mean_keeps_its_variance():
     """Mean ≫ std (1e4 : 1): E[y²] − E[y]² loses every digit of the variance in float32."""
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ struct CpuKernels {
           const auto apply = [&](int64_t at, scalar_t* to, const Span& part) {
             loop({y + at, at_offset(residual, at), to, mean.of(p), scale.of(p), bias.of(p), slope}, part);
           };
-          if (!streams || span.width != span.stride) return apply(i, o + i, span);
+          if (!streams || span.runs != 1 || span.width != span.stride) return apply(i, o + i, span);
           // rows: a piece at a time in the L1 cache
           const int64_t most = std::max<int64_t>(1, kPieceElements / span.width) * span.width;
           piece.resize(most);

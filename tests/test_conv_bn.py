@@ -157,9 +157,9 @@ def test_saved_tensors_are_x_w_y_and_vectors():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(52, 52), (7, 7), (300, 300)])
 def test_results_written_past_the_caches(size, layout):
-    """More than 8 MiB: blocks of several planes, of samples side by side, of a part of a plane."""
+    """More than 8 MiB, not in place: blocks of several planes, of samples side by side, of a part of a plane."""
     pixels = size[0] * size[1]
-    x = torch.randn(2_400_000 // (16 * pixels) + 1, 2, *size).contiguous(memory_format=layout)
+    x = torch.randn(2_400_000 // (16 * pixels) + 1, 2, *size).contiguous(memory_format=layout).requires_grad_()
     weight = torch.randn(16, 2, 1, 1)
     y = F.conv2d(x.double(), weight.double())
     expected = F.batch_norm(y, None, None, training=True)

@@ -25,8 +25,16 @@ CASES = {
     "1x1, few positions": ((7, 40, 4, 4), (24, 40, 1, 1), {}),
     "groups": ((3, 32, 9, 8), (64, 16, 3, 3), {"groups": 2, "padding": 1}),
     "few channels in a group": ((3, 6, 9, 8), (9, 2, 3, 3), {"groups": 3, "padding": 1, "dilation": (1, 2)}),
+    "depthwise": ((5, 32, 16, 17), (32, 1, 3, 3), {"groups": 32, "padding": 1}),
+    "depthwise with a stride": ((2, 20, 15, 14), (20, 1, 5, 4), {"groups": 20, "padding": 2, "stride": (2, 3)}),
+    "many groups of few channels": (
+        (18, 36, 7, 9),
+        (24, 3, 3, 3),
+        {"groups": 12, "padding": (3, 1), "dilation": (1, 2)},
+    ),
     "circular borders": ((3, 12, 7, 9), (16, 12, 3, 3), {"padding": 1, "padding_mode": "circular", "stride": 2}),
     "1-d": ((3, 6, 50), (20, 6, 5), {"stride": 2, "padding": 3}),
+    "1-d, many groups": ((3, 18, 50), (27, 2, 4), {"groups": 9, "stride": 3, "dilation": 2}),
     "3-d": ((2, 6, 5, 6, 7), (17, 6, 2, 3, 3), {"stride": (1, 2, 1), "padding": (1, 0, 1)}),
 }
 cases = pytest.mark.parametrize("name", CASES)
@@ -56,7 +64,7 @@ def test_float64_equals_torch(name):
 def test_any_shape(data):
     """In float64, where torch's own sums are the definition."""
     draw = lambda low, high, what: data.draw(st.integers(low, high), what)  # noqa: E731
-    axes, groups = draw(1, 3, "axes"), draw(1, 3, "groups")
+    axes, groups = draw(1, 3, "axes"), draw(1, 11, "groups")
     many = lambda low, high, what: tuple(draw(low, high, what) for _ in range(axes))  # noqa: E731
     kernel, stride = many(1, 4, "kernel"), many(1, 3, "stride")
     dilation, padding = many(1, 2, "dilation"), many(0, 2, "padding")
@@ -64,7 +72,7 @@ def test_any_shape(data):
         draw(max(1, (k - 1) * d + 1 - 2 * p), 16 // axes + 8, "size")
         for k, d, p in zip(kernel, dilation, padding, strict=True)
     )
-    c_in, c_out = draw(1, 20, "in"), draw(1, 70 if axes < 3 else 20, "out")
+    c_in, c_out = draw(1, 20 if groups < 4 else 4, "in"), draw(1, 70 if axes * groups < 4 else 4, "out")
     x = torch.randn(draw(1, 4, "batch"), groups * c_in, *size, dtype=torch.float64)
     weight = torch.randn(groups * c_out, c_in, *kernel, dtype=torch.float64)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}

@@ -6,6 +6,8 @@
 // first, once for all taps that meet them.
 #include "depthwise.h"
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -194,11 +196,39 @@ static bool library_is_faster(const Tensor& input, const Tensor& weight, const C
 }
 
 // Two axes, a channel each, channels_last, borders of zeros.
-bool takes_depthwise(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
-  return g.axes() == 2 && g.groups > 1 && g.groups == input.size(1) && g.groups == weight.size(0) &&
-         !g.pads_explicitly() && !library_is_faster(input, weight, g) && input.numel() > 0 && weight.numel() > 0 &&
+static bool is_depthwise(const Tensor& input, at::IntArrayRef weight, const ConvGeometry& g) {
+  return g.axes() == 2 && g.groups > 1 && g.groups == input.size(1) && g.groups == weight[0] && !g.pads_explicitly() &&
+         input.numel() > 0 && weight[2] * weight[3] > 0 &&
          input.suggest_memory_format() == at::MemoryFormat::ChannelsLast &&
          input.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+bool takes_depthwise(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  return is_depthwise(input, weight.sizes(), g) && !library_is_faster(input, weight, g);
+}
+
+constexpr int64_t kMostSlices = 16;
+
+bool takes_grad_weight_depthwise(const Tensor& grad_output, const Tensor& input, at::IntArrayRef weight_sizes,
+                                 const ConvGeometry& g) {
+  return input.scalar_type() == at::kFloat && is_depthwise(input, weight_sizes, g) && grad_output.numel() > 0 &&
+         grad_output.is_contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// Images are cut into slices by their number alone, whose sums are added in order.
+Tensor grad_weight_depthwise(const Tensor& grad_output, const Tensor& input, at::IntArrayRef weight_sizes,
+                             const ConvGeometry& g) {
+  const Depthwise<float> convolution(input.sizes(), input.new_empty({1}).expand(weight_sizes), g);
+  const int64_t images = input.size(0), slices = std::min(images, kMostSlices), rows = grad_output.size(2);
+  const Tensor parts = at::zeros({slices, c10::multiply_integers(weight_sizes)}, at::kFloat);
+  const float *const x = input.const_data_ptr<float>(), *const dy = grad_output.const_data_ptr<float>();
+  at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slice = begin; slice < end; ++slice)
+      for (int64_t n = slice * images / slices; n < (slice + 1) * images / slices; ++n)
+        convolution.grad_weight(x + n * (input.numel() / images), dy + n * (grad_output.numel() / images), 0, rows,
+                                parts.mutable_data_ptr<float>() + slice * parts.size(1));
+  });
+  return convolution.grad_weight_of(parts.sum(0, false, at::kDouble)).to(at::kFloat);
 }
 
 template <typename scalar_t>

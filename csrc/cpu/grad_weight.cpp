@@ -14,10 +14,11 @@
 
 #include "axes.h"
 #include "bn_blocks.h"
+#include "depthwise.h"
 #include "isa.h"
 #include "memory_format.h"
 
-#define CONVBN_LOOPS "products.inl"
+#define CONVBN_LOOPS "grad_weight.inl"
 #include "each_isa.inl"
 
 namespace convbn {
@@ -33,7 +34,9 @@ constexpr int64_t kSums = 1 << 17;       // of a block, unless kColumns have mor
 constexpr int64_t kUnits = 16;           // of work, if there are so many chunks or blocks
 constexpr int64_t kFewestChunks = 4;     // of a slice, to be worth its sums
 constexpr int64_t kMostParts = 1 << 21;  // values in all slices' sums
-constexpr int64_t kFewGroups = 8;        // more have a cache line of channels each, or the library is faster
+// More groups than kFewGroups have kWideGroup bytes of channels each, or the second way is faster.
+constexpr int64_t kFewGroups = 8, kWideGroup = 64;
+constexpr int64_t kFewPairs = 16;  // of channels in a group
 
 // Pixels first … first + count − 1 of a row of `width`, of each `some` of its channels, as rows of `columns` values;
 // zeros for what is not there.
@@ -52,6 +55,17 @@ void copy_pixels(const T* row, int64_t width, int64_t channels, int64_t first, i
   std::fill_n(to, (count - high) * columns, T{0});
 }
 
+using Axes = std::array<Axis, 3>;
+
+// The row of x that row r of dy, of all images' rows, meets with row t of the kernel, or −1.
+int64_t met(const Axes& axes, int64_t r, int64_t t) {
+  const auto& [depth, height, width] = axes;
+  const int64_t d = depth.met(r / height.y % depth.y, t / height.kernel);
+  const int64_t h = height.met(r % height.y, t % height.kernel);
+  if (d < 0 || d >= depth.x || h < 0 || h >= height.x) return -1;
+  return (r / height.y / depth.y * depth.x + d) * height.x + h;
+}
+
 // Where a thread keeps what it copies.
 template <class T>
 struct Room {
@@ -65,7 +79,7 @@ struct Room {
 
 template <class T>
 struct GradWeight {
-  std::array<Axis, 3> axes;
+  Axes axes;
   const T *x, *dy;
   int64_t groups, rows;                          // rows of dy in all images
   int64_t from_channels, to_channels, from, to;  // of x, of dy; of a group
@@ -100,15 +114,6 @@ struct GradWeight {
   int64_t units() const { return groups * blocks; }
   int64_t block_sums() const { return taps * from * columns; }
 
-  // The row of x that row r of dy meets with row t of the kernel, or −1.
-  int64_t met(int64_t r, int64_t t) const {
-    const auto& [depth, height, width] = axes;
-    const int64_t d = depth.met(r / height.y % depth.y, t / height.kernel);
-    const int64_t h = height.met(r % height.y, t % height.kernel);
-    if (d < 0 || d >= depth.x || h < 0 || h >= height.x) return -1;
-    return (r / height.y / depth.y * depth.x + d) * height.x + h;
-  }
-
   // sums (taps, from, columns) of a block, or with `add` more of them
   void add_chunk(int64_t chunk, int64_t unit, T* sums, bool add, Room<T>& room) const {
     static const auto multiply = best_of(&baseline::add_products<T>, &avx2::add_products<T>, &avx512::add_products<T>);
@@ -131,7 +136,7 @@ struct GradWeight {
     int64_t low = 0, high = 0;  // rows of x that this chunk meets are among these
     for (int64_t r = first; r < last; ++r)
       for (int64_t t = 0; t < kernel_rows; ++t)
-        if (const int64_t at = met(r, t); at >= 0)
+        if (const int64_t at = met(axes, r, t); at >= 0)
           low = high == 0 ? at : std::min(low, at), high = std::max(high, at + 1);
     room.x_rows.assign(high - low, nullptr);
     T* const x_copies = inside ? nullptr : Room<T>::at_least(room.x, (high - low) * pixels * from);
@@ -150,7 +155,7 @@ struct GradWeight {
       for (int64_t j = 0; j < products; ++j, sums += M * columns) {
         room.A.clear(), room.B.clear();
         for (int64_t r = first; r < last; ++r)
-          if (const int64_t at = met(r, t); at >= 0) {
+          if (const int64_t at = met(axes, r, t); at >= 0) {
             room.A.push_back(row_of_x(at) + j * width.dilation * from);
             room.B.push_back(room.dy_rows[r - first]);
           }
@@ -189,6 +194,75 @@ Tensor grad_weight_of(const Tensor& grad_output, const Tensor& input, IntArrayRe
       .movedim(-1, 1);
 }
 
+// ---- many groups of few channels: plane by plane, dw[o, c, i, j] = Σ_r Σ_w x[c][r·s + …, w·s + j·d − p] dy[o][r, w]
+// ----
+
+// A row between zeros, its columns in order of their remainder of the stride: (stride, length)
+template <class T>
+void copy_phases(const T* row, const Axis& axis, int64_t length, T* to) {
+  for (int64_t phase = 0; phase < axis.stride; ++phase, to += length) {
+    // column i·stride + phase − padding
+    const int64_t before = axis.padding - phase, low = std::clamp<int64_t>(pieces(before, axis.stride), 0, length);
+    const int64_t high = std::clamp<int64_t>(pieces(axis.x + before, axis.stride), low, length);
+    const T* const from = row + phase - axis.padding;
+    std::fill_n(to, low, T{0});
+    if (axis.stride == 1)
+      std::copy(from + low, from + high, to + low);
+    else
+      for (int64_t i = low; i < high; ++i) to[i] = from[i * axis.stride];
+    std::fill(to + high, to + length, T{0});
+  }
+}
+
+template <class T>
+Tensor grad_weight_of_planes(const Tensor& grad_output, const Tensor& input, IntArrayRef sizes, const ConvGeometry& g) {
+  static const auto correlate = best_of(&baseline::correlate<T>, &avx2::correlate<T>, &avx512::correlate<T>);
+  const Tensor x_planes = input.contiguous(), dy_planes = grad_output.contiguous();
+  const Axes axes = axes_of(input.sizes(), grad_output.sizes(), sizes, g);
+  const auto& [depth, height, width] = axes;
+  const int64_t images = input.size(0), channels = input.size(1), to = sizes[0], from = sizes[1], pairs = to * from;
+  const int64_t kernel_rows = depth.kernel * height.kernel, taps = kernel_rows * width.kernel, lanes = 64 / sizeof(T);
+  const int64_t x_rows = depth.x * height.x, dy_rows = depth.y * height.y, columns = pieces(width.y, lanes) * lanes;
+  const int64_t length = columns + pieces(width.kernel * width.dilation, width.stride);  // of a phase
+  std::vector<int64_t> offsets;
+  for (int64_t j = 0; j < width.kernel; ++j)
+    offsets.push_back(j * width.dilation % width.stride * length + j * width.dilation / width.stride);
+  const int64_t slice = pieces(images, std::min(images, pieces(kUnits, pairs))), slices = pieces(images, slice);
+  const Tensor parts = at::zeros({slices, pairs, taps}, at::kDouble);
+  double* const sums = parts.mutable_data_ptr<double>();
+  const T *const x = x_planes.const_data_ptr<T>(), *const dy = dy_planes.const_data_ptr<T>();
+  at::parallel_for(0, slices * pairs, 1, [&](int64_t begin, int64_t end) {
+    thread_local Room<T> room;
+    T* const x_copy = Room<T>::at_least(room.x, x_rows * width.stride * length);
+    T* const dy_copy = Room<T>::at_least(room.dy, dy_rows * columns);
+    std::vector<int64_t> ends{0};  // of the pairs of rows that meet, for each row of the kernel
+    room.A.clear(), room.B.clear();
+    for (int64_t t = 0; t < kernel_rows; ++t) {
+      for (int64_t r = 0; r < dy_rows; ++r)
+        if (const int64_t at = met(axes, r, t); at >= 0) {
+          room.A.push_back(x_copy + at * width.stride * length);
+          room.B.push_back(dy_copy + r * columns);
+        }
+      ends.push_back(room.A.size());
+    }
+    for (int64_t work = begin; work < end; ++work) {
+      const int64_t first = work / pairs * slice, o = work % pairs / from, c = o / (to / g.groups) * from + work % from;
+      for (int64_t n = first; n < std::min(images, first + slice); ++n) {
+        const T* const x_plane = x + (n * channels + c) * x_rows * width.x;
+        const T* const dy_plane = dy + (n * to + o) * dy_rows * width.y;
+        for (int64_t r = 0; r < x_rows; ++r)
+          copy_phases(x_plane + r * width.x, width, length, x_copy + r * width.stride * length);
+        for (int64_t r = 0; r < dy_rows; ++r)
+          std::fill_n(std::copy_n(dy_plane + r * width.y, width.y, dy_copy + r * columns), columns - width.y, T{0});
+        for (int64_t t = 0; t < kernel_rows; ++t)
+          correlate(room.A.data() + ends[t], room.B.data() + ends[t], ends[t + 1] - ends[t], columns, offsets.data(),
+                    width.kernel, sums + work * taps + t * width.kernel);
+      }
+    }
+  });
+  return parts.sum(0).to(input.scalar_type()).view(sizes);
+}
+
 // With the channels of a pixel side by side
 Tensor by_pixels(const Tensor& t) {
   const Tensor last = t.dim() == 4 ? to_format(t, at::MemoryFormat::ChannelsLast) : t;
@@ -197,19 +271,28 @@ Tensor by_pixels(const Tensor& t) {
 
 }  // namespace
 
-bool takes_grad_weight_by_pixels(const Tensor& grad_output, const Tensor& input, const ConvGeometry& g) {
+// Whether groups are too narrow for products. In float32 the library is much faster at many groups of some channels,
+// and where pixels lie side by side.
+bool by_planes(IntArrayRef weight, const Tensor& input, const ConvGeometry& g) {
+  return g.groups > kFewGroups && std::min(weight[1], weight[0] / g.groups) * input.element_size() < kWideGroup;
+}
+
+bool takes_own_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g) {
   const auto type = input.scalar_type();
   if (!input.is_cpu() || (type != at::kFloat && type != at::kDouble) || input.numel() == 0 || grad_output.numel() == 0)
     return false;
-  const int64_t group = std::min(input.size(1), grad_output.size(1)) / g.groups;
-  return g.groups <= kFewGroups || group * input.element_size() >= 64;
+  return takes_grad_weight_depthwise(grad_output, input, weight, g) || !by_planes(weight, input, g) ||
+         type == at::kDouble || (input.is_contiguous() && weight[0] / g.groups * weight[1] <= kFewPairs);
 }
 
-Tensor grad_weight_by_pixels(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_sizes,
-                             const ConvGeometry& g) {
-  return (input.scalar_type() == at::kFloat ? grad_weight_of<float> : grad_weight_of<double>)(by_pixels(grad_output),
-                                                                                              by_pixels(input),
-                                                                                              weight_sizes, g);
+Tensor own_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g) {
+  const bool single = input.scalar_type() == at::kFloat;
+  if (takes_grad_weight_depthwise(grad_output, input, weight, g))
+    return grad_weight_depthwise(grad_output, input, weight, g);
+  if (by_planes(weight, input, g))
+    return (single ? grad_weight_of_planes<float> : grad_weight_of_planes<double>)(grad_output, input, weight, g);
+  const Tensor dy = by_pixels(grad_output), x = by_pixels(input);
+  return (single ? grad_weight_of<float> : grad_weight_of<double>)(dy, x, weight, g);
 }
 
 }  // namespace convbn

@@ -54,15 +54,16 @@ struct CpuKernels {
       const scalar_t *y = data<scalar_t>(bn.y), *residual = data<scalar_t>(bn.residual);
       scalar_t* o = mutable_data<scalar_t>(out);
       const auto slope = static_cast<acc>(bn.slope);
-      const bool streams = o != y && out.nbytes() >= kStreamBytes;
+      const bool rows = blocks.per_plane > 1;  // else planes: it would not pay
+      const bool streams = rows && o != y && out.nbytes() >= kStreamBytes;
       blocks.parallel_for_each([&](const Blocks::Block& b, int64_t) {
         thread_local AlignedVector<scalar_t> piece;
         blocks.for_each_span(b, [&](int64_t i, const Span& span, int64_t p) {
           const auto apply = [&](int64_t at, scalar_t* to, const Span& part) {
             loop({y + at, at_offset(residual, at), to, mean.of(p), scale.of(p), bias.of(p), slope}, part);
           };
-          if (!streams || span.runs != 1 || span.width != span.stride) return apply(i, o + i, span);
-          // rows: a piece at a time in the L1 cache
+          if (!streams) return apply(i, o + i, span);
+          // a piece at a time in the L1 cache
           const int64_t most = std::max<int64_t>(1, kPieceElements / span.width) * span.width;
           piece.resize(most);
           for (int64_t done = 0; done < span.elements; done += most) {

@@ -5,8 +5,8 @@
 With --device cuda eager is torch's cuDNN path, timed by events with a cold L2 cache. The column "vs_copy" is the time
 over that of moving the full-tensor passes (3 forward, 8 with backward, 2 in eval) at the bandwidth of a copy.
 
-Writes conv_bn.csv and conv_bn.png into --out; ends with geometric means and the smallest ratio. "peak_MB" is what a
-call holds at most beside what was there before it.
+Results are compared with eager's first. Writes conv_bn.csv and conv_bn.png into --out; ends with geometric means and
+the smallest ratio. "peak_MB" is what a call holds at most beside what was there before it.
 
 Much of eager's time on large tensors is fresh memory (page faults), which ours avoid. To see what is left without that:
 
@@ -89,13 +89,15 @@ def providers(shape, dtype, layout, mode, compiled):
     grad = torch.randn(conv(x).shape).to(dtype).contiguous(memory_format=memory_format)
 
     def step(f, x=x, grad=grad):
-        def run():
+        def run(keep=False):
             if not backward:
                 with torch.no_grad():
-                    return f(x)
-            f(x).backward(grad)
+                    return [f(x)]
+            out = f(x)
+            out.backward(grad)
+            results = [out.detach(), x.grad, conv.weight.grad] if keep else None
             x.grad = conv.weight.grad = None
-            return None
+            return results
 
         return run
 
@@ -114,6 +116,16 @@ def providers(shape, dtype, layout, mode, compiled):
         torch._dynamo.reset()
         result["torch.compile"] = step(torch.compile(eager))
     return result
+
+
+def check(ours, eager, what: str) -> None:
+    """In norm, outputs differ from eager's by rounding; gradients also where a pre-activation changed its sign, by the
+    square root of how often that happens."""
+    bounds = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (3e-2, 0.2)}
+    for i, (a, b) in enumerate(zip(ours(keep=True), eager(keep=True), strict=True)):
+        error, bound = ((a - b).norm() / b.norm()).item(), bounds[a.dtype][i > 0]
+        if not error <= bound:
+            raise SystemExit(f"{what}: the results differ from eager's by {error:.1e}, more than {bound:.0e}")
 
 
 def picture(rows, path: Path) -> None:
@@ -161,6 +173,7 @@ def main() -> None:
     for dtype, layout, mode in configurations:
         for shape in shapes:
             runs = providers(shape, getattr(torch, dtype), layout, mode, args.compile)
+            check(runs["ours"], runs["eager"], f"{dtype}, {layout}, {mode}, {name_of(shape)}")
             measured = interleave(runs, seconds, before=flush.zero_)
             common = {
                 "shape": name_of(shape),

@@ -14,10 +14,10 @@ struct Axis {
   int64_t met(int64_t i, int64_t t) const { return i * stride - padding + t * dilation; }
 };
 
-// (depth, height, width); the first are 1 where there are fewer.
-inline std::array<Axis, 3> axes_of(at::IntArrayRef x, at::IntArrayRef y, at::IntArrayRef weight,
-                                   const ConvGeometry& g) {
-  std::array<Axis, 3> axes;
+using Axes = std::array<Axis, 3>;  // (depth, height, width); the first are 1 where there are fewer
+
+inline Axes axes_of(at::IntArrayRef x, at::IntArrayRef y, at::IntArrayRef weight, const ConvGeometry& g) {
+  Axes axes;
   for (int64_t i = 0, axis = 3 - g.axes(); axis < 3; ++i, ++axis)
     axes[axis] = {x[i + 2], y[i + 2], weight[i + 2], g.stride[i], g.padding[2 * i], g.dilation[i]};
   return axes;

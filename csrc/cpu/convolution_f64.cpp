@@ -118,7 +118,7 @@ class Gather {
   int64_t tap(const Index& t) const { return (t[0] * axes_[1].kernel + t[1]) * axes_[2].kernel + t[2]; }
 
  private:
-  std::array<Axis, 3> axes_;
+  Axes axes_;
   bool adjoint_;
   int64_t images_;
   std::vector<Phase> phases_;

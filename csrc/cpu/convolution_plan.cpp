@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor> by_planes_backward(const Tensor& grad_output, const T
 // The memory format of the arguments and of the computation, and what is a matrix product or Winograd's.
 struct Plan {
   Format given, format;
-  bool planes = false, rows = false, weight_rows = false, winograd = false;
+  bool planes = false, rows = false, weight_rows = false, winograd = false, weight_winograd = false;
   // The library's sums in its blocks of channels round less than those in channels_last, and so must ours.
   bool large_tiles() const { return given == Format::ChannelsLast; }
 };
@@ -165,6 +165,8 @@ Plan plan_product(Format given, bool half, const Tensor& weight, int64_t pixels,
   return {.given = given, .format = given, .weight_rows = true};
 }
 
+constexpr int64_t kLightWeight = 1 << 20;
+
 Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   const Format given = channels_last(x) || channels_last(weight) ? Format::ChannelsLast : Format::Contiguous;
   const auto sizes = g.output_sizes(x.sizes(), weight.sizes());
@@ -177,7 +179,13 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   const bool blocks = g.groups > 1 && g.groups == x.size(1) && g.groups % 16 == 0;
   const bool few = g.groups == 1 && pixels <= 16;
   const Format library = few ? Format::Contiguous : pixels < 256 || blocks ? given : Format::ChannelsLast;
-  return {.given = given, .format = winograd ? Format::ChannelsLast : library, .winograd = winograd};
+  // dw has no large tiles. Where few of the small ones are whole our own products are as fast, if the weights are
+  // heavy.
+  const bool weight_winograd = suits_winograd(x.sizes(), weight.sizes(), g, weight.numel() <= kLightWeight);
+  return {.given = given,
+          .format = winograd ? Format::ChannelsLast : library,
+          .winograd = winograd,
+          .weight_winograd = weight_winograd};
 }
 
 }  // namespace
@@ -205,7 +213,7 @@ std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, 
   if (p.planes) return by_planes_backward(grad_output, x, weight, g, needs_input, needs_weight);
   const Tensor dy = to_format(grad_output, p.format);
   const bool plain_input = needs_input && !p.rows && !p.winograd;
-  const bool plain_weight = needs_weight && !p.weight_rows && !p.winograd;
+  const bool plain_weight = needs_weight && !p.weight_rows && !p.weight_winograd;
   Tensor dx, dw;
   if (plain_input || plain_weight) {  // the library takes the format from x, also where it needs no more of x than that
     const bool has_format = plain_weight || x.is_contiguous(p.format);
@@ -216,7 +224,10 @@ std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, 
   if (needs_input && p.rows) dx = from_rows(at::mm(rows(dy), weight.flatten(1)), dy);
   if (needs_weight && p.weight_rows) dw = grad_weight_by_rows(dy, to_format(met(x, g), p.format), weight);
   if (needs_input && p.winograd) dx = grad_input_winograd(dy, weight, x.sizes(), g, p.large_tiles());
-  if (needs_weight && p.winograd) dw = grad_weight_winograd(dy, to_format(x, p.format), weight.sizes(), g);
+  if (needs_weight && p.weight_winograd) {
+    const auto last = Format::ChannelsLast;
+    dw = grad_weight_winograd(to_format(dy, last), to_format(x, last), weight.sizes(), g);
+  }
   return {needs_input ? to_format(dx, p.given) : dx,
           needs_weight && !p.weight_rows ? to_format(dw, weight.suggest_memory_format()) : dw};
 }

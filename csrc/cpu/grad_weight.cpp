@@ -1,4 +1,4 @@
-// With zeros beside the rows of x, a row i of the kernel has
+// Few groups, or wide ones: with zeros beside the rows of x, a row i of the kernel has
 //   dw[i, (j, c), o] = Σ_r Σ_w x[r·s + i·d − p, w·s + j·d − p, c] dy[r, w, o],
 // a sum of products of matrices that lie in rows of x and dy, of which those of one group are copied. If d = 1, (j, c)
 // counts along a row of x, and one product has all taps of a row of the kernel. With three axes r and i have two
@@ -28,15 +28,14 @@ using at::Tensor;
 
 namespace {
 
-constexpr int64_t kPositions = 128;      // of a chunk, about
-constexpr int64_t kColumns = 64;         // output channels of a block, or a multiple
-constexpr int64_t kSums = 1 << 17;       // of a block, unless kColumns have more
-constexpr int64_t kUnits = 16;           // of work, if there are so many chunks or blocks
-constexpr int64_t kFewestChunks = 4;     // of a slice, to be worth its sums
-constexpr int64_t kMostParts = 1 << 21;  // values in all slices' sums
-// More groups than kFewGroups have kWideGroup bytes of channels each, or the second way is faster.
-constexpr int64_t kFewGroups = 8, kWideGroup = 64;
-constexpr int64_t kFewPairs = 16;  // of channels in a group
+constexpr int64_t kPositions = 128;                 // of a chunk, about
+constexpr int64_t kColumns = 64;                    // output channels of a block, or a multiple
+constexpr int64_t kSums = 1 << 17;                  // of a block, unless kColumns have more
+constexpr int64_t kUnits = 16;                      // of work, if there are so many chunks or blocks
+constexpr int64_t kFewestChunks = 4;                // of a slice, to be worth its sums
+constexpr int64_t kMostParts = 1 << 21;             // values in all slices' sums
+constexpr int64_t kFewGroups = 8, kWideGroup = 64;  // bytes of a group's channels
+constexpr int64_t kFewPairs = 16;                   // of channels in a group
 
 // Pixels first … first + count − 1 of a row of `width`, of each `some` of its channels, as rows of `columns` values;
 // zeros for what is not there.
@@ -54,8 +53,6 @@ void copy_pixels(const T* row, int64_t width, int64_t channels, int64_t first, i
   }
   std::fill_n(to, (count - high) * columns, T{0});
 }
-
-using Axes = std::array<Axis, 3>;
 
 // The row of x that row r of dy, of all images' rows, meets with row t of the kernel, or −1.
 int64_t met(const Axes& axes, int64_t r, int64_t t) {
@@ -194,8 +191,7 @@ Tensor grad_weight_of(const Tensor& grad_output, const Tensor& input, IntArrayRe
       .movedim(-1, 1);
 }
 
-// ---- many groups of few channels: plane by plane, dw[o, c, i, j] = Σ_r Σ_w x[c][r·s + …, w·s + j·d − p] dy[o][r, w]
-// ----
+// ---- plane by plane: dw[o, c, i, j] = Σ_r Σ_w x[c, r·s + i·d − p, w·s + j·d − p] dy[o, r, w] ----
 
 // A row between zeros, its columns in order of their remainder of the stride: (stride, length)
 template <class T>
@@ -269,14 +265,14 @@ Tensor by_pixels(const Tensor& t) {
   return last.movedim(1, -1).contiguous().movedim(-1, 1);
 }
 
-}  // namespace
-
-// Whether groups are too narrow for products. In float32 the library is much faster at many groups of some channels,
-// and where pixels lie side by side.
+// Whether there are many groups, too narrow for products.
 bool by_planes(IntArrayRef weight, const Tensor& input, const ConvGeometry& g) {
   return g.groups > kFewGroups && std::min(weight[1], weight[0] / g.groups) * input.element_size() < kWideGroup;
 }
 
+}  // namespace
+
+// In float32 the library is much faster at many groups of several channels, and at those whose pixels lie side by side.
 bool takes_own_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g) {
   const auto type = input.scalar_type();
   if (!input.is_cpu() || (type != at::kFloat && type != at::kDouble) || input.numel() == 0 || grad_output.numel() == 0)

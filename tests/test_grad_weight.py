@@ -21,6 +21,7 @@ CASES = {
     "a row of the kernel meets nothing": ((2, 8, 1, 9), (16, 8, 3, 3), {"padding": 1}),
     "a stride that leaves out pixels": ((3, 8, 14, 13), (16, 8, 2, 2), {"stride": (3, 4), "padding": (0, 1)}),
     "one image": ((1, 24, 17, 18), (32, 24, 3, 3), {"stride": 2, "padding": 1}),
+    "depthwise, one image": ((1, 32, 19, 17), (32, 1, 3, 3), {"groups": 32, "padding": 1}),
     "1x1, one image": ((1, 40, 19, 20), (24, 40, 1, 1), {}),
     "1x1, few positions": ((7, 40, 4, 4), (24, 40, 1, 1), {}),
     "groups": ((3, 32, 9, 8), (64, 16, 3, 3), {"groups": 2, "padding": 1}),

@@ -107,13 +107,7 @@ def test_samples_do_not_depend_on_each_other():
         (True, "channels_last", (2, 32, 12, 12), (32, 32, 3, 3), {"padding": 1}),
         (True, "channels_last", (16, 32, 7, 7), (32, 32, 3, 3), {"padding": 1}),
         (True, "contiguous", (16, 32, 12, 12), (32, 32, 3, 3), {"padding": 1}),
-        (
-            False,
-            "contiguous",
-            (16, 32, 7, 7),
-            (32, 32, 3, 3),
-            {"padding": 1},
-        ),  # for y and dx the library's blocks are as fast
+        (False, "contiguous", (16, 32, 7, 7), (32, 32, 3, 3), {"padding": 1}),  # y and dx are the library's
         (
             False,
             "channels_last",

@@ -6,8 +6,6 @@
 
 namespace convbn {
 
-inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 struct Axis {
   int64_t x = 1, y = 1, kernel = 1, stride = 1, padding = 0, dilation = 1;
   // The index of x, which may be none, that index i of y meets with tap t.

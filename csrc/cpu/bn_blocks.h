@@ -19,6 +19,8 @@ constexpr int64_t kMinBlockRows = 64;         // rows of C channels that share o
 constexpr int64_t kSideBySideColumns = 1024;  // at most: their parameters stay in the L1 cache
 constexpr int64_t kLanesMost = 16;
 
+inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 // How y's memory is cut up: N samples of P planes of S consecutive elements, an element's parameters repeating with
 // `width`. A contiguous y has a plane per channel; a channels_last y is one plane of rows that hold all channels. Small
 // planes lie side by side: a block's row is one sample of several planes, whose elements are columns of their own.
@@ -102,7 +104,6 @@ class Blocks {
  private:
   int64_t N_, P_, S_, samples_, planes_, elements_;
   bool side_by_side_ = false;
-  static int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 };
 
 // No vector of the loops crosses a cache line.
@@ -119,6 +120,13 @@ struct CacheAligned {
 };
 template <class T>
 using AlignedVector = std::vector<T, CacheAligned<T>>;
+
+// Room for so many values, whose former content is lost.
+template <class T>
+T* at_least(AlignedVector<T>& room, int64_t size) {
+  if (static_cast<int64_t>(room.size()) < size) room = AlignedVector<T>(size);
+  return room.data();
+}
 
 // Per-channel float64 vectors as the loops want them: one value per column.
 template <typename acc>

@@ -36,8 +36,6 @@ constexpr int64_t kLeastChannels = 16;         // for dw: fewer leave too much o
 constexpr int64_t kFewPositions = 1 << 13;     // but with so few of dy the library needs longer to begin
 constexpr int64_t kMostParts = 2 * (1 << 20);  // floats in all slices' sums
 
-int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 // The last axes of a tensor, as three.
 struct Sizes : std::array<int64_t, 3> {
   Sizes(IntArrayRef values, int64_t fill) {

@@ -1,5 +1,5 @@
-// float64 convolutions of channels_last images by matrix products on gathered pixels: faster than the library's, and
-// the same bits whatever the number of threads.
+// float64 convolutions of channels_last images by matrix products on gathered pixels: the same
+// bits whatever the number of threads.
 #pragma once
 #include "../convolution.h"
 

@@ -47,11 +47,13 @@ Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
 
 std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                            const ConvGeometry& g, bool needs_input, bool needs_weight) {
-  const auto input_by = takes_convolve_f64(x, weight, g)                                             ? grad_input_f64
+  const auto input_by = !needs_input                                                                 ? nullptr
+                        : takes_convolve_f64(x, weight, g)                                           ? grad_input_f64
                         : takes_grad_input_narrow(grad_output, weight, x.sizes(), g)                 ? grad_input_narrow
                         : takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g) ? grad_input_amx
                                                                                                      : nullptr;
-  const auto weight_by = takes_grad_weight_amx(grad_output, x, weight, g)           ? grad_weight_amx
+  const auto weight_by = !needs_weight                                              ? nullptr
+                         : takes_grad_weight_amx(grad_output, x, weight, g)         ? grad_weight_amx
                          : takes_own_grad_weight(grad_output, x, weight.sizes(), g) ? own_grad_weight
                                                                                     : nullptr;
   const std::array<bool, 3> library{needs_input && !input_by, needs_weight && !weight_by, false};
@@ -61,8 +63,8 @@ std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tens
     std::tie(grad_input, grad_weight, std::ignore) =
         at::convolution_backward(grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g),
                                  g.dilation, /*transposed=*/false, zero, g.groups, library);
-  if (needs_input && input_by) grad_input = input_by(grad_output, weight, x.sizes(), g);
-  if (needs_weight && weight_by) grad_weight = weight_by(grad_output, x, weight.sizes(), g);
+  if (input_by) grad_input = input_by(grad_output, weight, x.sizes(), g);
+  if (weight_by) grad_weight = weight_by(grad_output, x, weight.sizes(), g);
   return {grad_input, grad_weight};
 }
 

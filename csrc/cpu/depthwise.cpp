@@ -215,18 +215,22 @@ bool takes_grad_weight_depthwise(const Tensor& grad_output, const Tensor& input,
          grad_output.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
-// Images are cut into slices by their number alone, whose sums are added in order.
+// The rows of all images are cut into slices by their number alone, whose sums are added in order.
 Tensor grad_weight_depthwise(const Tensor& grad_output, const Tensor& input, at::IntArrayRef weight_sizes,
                              const ConvGeometry& g) {
   const Depthwise<float> convolution(input.sizes(), input.new_empty({1}).expand(weight_sizes), g);
-  const int64_t images = input.size(0), slices = std::min(images, kMostSlices), rows = grad_output.size(2);
+  const int64_t images = input.size(0), rows = grad_output.size(2), all = images * rows;
+  const int64_t image = input.numel() / images, row = grad_output.numel() / all, slices = std::min(all, kMostSlices);
   const Tensor parts = at::zeros({slices, c10::multiply_integers(weight_sizes)}, at::kFloat);
+  float* const sums = parts.mutable_data_ptr<float>();
   const float *const x = input.const_data_ptr<float>(), *const dy = grad_output.const_data_ptr<float>();
   at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slice = begin; slice < end; ++slice)
-      for (int64_t n = slice * images / slices; n < (slice + 1) * images / slices; ++n)
-        convolution.grad_weight(x + n * (input.numel() / images), dy + n * (grad_output.numel() / images), 0, rows,
-                                parts.mutable_data_ptr<float>() + slice * parts.size(1));
+      for (int64_t r = slice * all / slices, last = (slice + 1) * all / slices; r < last;) {
+        const int64_t first = r % rows, count = std::min(rows - first, last - r);
+        convolution.grad_weight(x + r / rows * image, dy + r * row, first, first + count, sums + slice * parts.size(1));
+        r += count;
+      }
   });
   return convolution.grad_weight_of(parts.sum(0, false, at::kDouble)).to(at::kFloat);
 }

@@ -68,10 +68,6 @@ template <class T>
 struct Room {
   AlignedVector<T> x, dy;
   std::vector<const T*> x_rows, dy_rows, A, B;
-  static T* at_least(AlignedVector<T>& room, int64_t size) {
-    if (static_cast<int64_t>(room.size()) < size) room = AlignedVector<T>(size);
-    return room.data();
-  }
 };
 
 template <class T>
@@ -120,7 +116,7 @@ struct GradWeight {
     const int64_t first = chunk % row_chunks * some, last = std::min(rows, first + some);
 
     const bool whole = here * sizeof(T) % 64 == 0;
-    T* dy_copy = whole ? nullptr : Room<T>::at_least(room.dy, some * length * columns);
+    T* dy_copy = whole ? nullptr : at_least(room.dy, some * length * columns);
     room.dy_rows.clear();
     for (int64_t r = first; r < last; ++r, dy_copy += whole ? 0 : length * columns) {
       const T* const row = dy + r * width.y * to_channels + group * to + o;
@@ -136,7 +132,7 @@ struct GradWeight {
         if (const int64_t at = met(axes, r, t); at >= 0)
           low = high == 0 ? at : std::min(low, at), high = std::max(high, at + 1);
     room.x_rows.assign(high - low, nullptr);
-    T* const x_copies = inside ? nullptr : Room<T>::at_least(room.x, (high - low) * pixels * from);
+    T* const x_copies = inside ? nullptr : at_least(room.x, (high - low) * pixels * from);
     const auto row_of_x = [&](int64_t at) {
       const T*& row = room.x_rows[at - low];
       if (row) return row;
@@ -229,8 +225,8 @@ Tensor grad_weight_of_planes(const Tensor& grad_output, const Tensor& input, Int
   const T *const x = x_planes.const_data_ptr<T>(), *const dy = dy_planes.const_data_ptr<T>();
   at::parallel_for(0, slices * pairs, 1, [&](int64_t begin, int64_t end) {
     thread_local Room<T> room;
-    T* const x_copy = Room<T>::at_least(room.x, x_rows * width.stride * length);
-    T* const dy_copy = Room<T>::at_least(room.dy, dy_rows * columns);
+    T* const x_copy = at_least(room.x, x_rows * width.stride * length);
+    T* const dy_copy = at_least(room.dy, dy_rows * columns);
     std::vector<int64_t> ends{0};  // of the pairs of rows that meet, for each row of the kernel
     room.A.clear(), room.B.clear();
     for (int64_t t = 0; t < kernel_rows; ++t) {
@@ -266,7 +262,7 @@ Tensor by_pixels(const Tensor& t) {
 }
 
 // Whether there are many groups, too narrow for products.
-bool by_planes(IntArrayRef weight, const Tensor& input, const ConvGeometry& g) {
+bool narrow_groups(IntArrayRef weight, const Tensor& input, const ConvGeometry& g) {
   return g.groups > kFewGroups && std::min(weight[1], weight[0] / g.groups) * input.element_size() < kWideGroup;
 }
 
@@ -277,7 +273,7 @@ bool takes_own_grad_weight(const Tensor& grad_output, const Tensor& input, IntAr
   const auto type = input.scalar_type();
   if (!input.is_cpu() || (type != at::kFloat && type != at::kDouble) || input.numel() == 0 || grad_output.numel() == 0)
     return false;
-  return takes_grad_weight_depthwise(grad_output, input, weight, g) || !by_planes(weight, input, g) ||
+  return takes_grad_weight_depthwise(grad_output, input, weight, g) || !narrow_groups(weight, input, g) ||
          type == at::kDouble || (input.is_contiguous() && weight[0] / g.groups * weight[1] <= kFewPairs);
 }
 
@@ -285,7 +281,7 @@ Tensor own_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayR
   const bool single = input.scalar_type() == at::kFloat;
   if (takes_grad_weight_depthwise(grad_output, input, weight, g))
     return grad_weight_depthwise(grad_output, input, weight, g);
-  if (by_planes(weight, input, g))
+  if (narrow_groups(weight, input, g))
     return (single ? grad_weight_of_planes<float> : grad_weight_of_planes<double>)(grad_output, input, weight, g);
   const Tensor dy = by_pixels(grad_output), x = by_pixels(input);
   return (single ? grad_weight_of<float> : grad_weight_of<double>)(dy, x, weight, g);

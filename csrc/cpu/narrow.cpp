@@ -62,12 +62,6 @@ void gather(const GatherArgs& args) {
   loop(args);
 }
 
-// Room for so many values, whose former content is lost.
-float* at_least(AlignedVector<float>& room, int64_t size) {
-  if (static_cast<int64_t>(room.size()) < size) room = AlignedVector<float>(size);
-  return room.data();
-}
-
 struct Image {
   int64_t height, width, channels;
   int64_t row() const { return width * channels; }

@@ -74,8 +74,6 @@ constexpr int64_t kLeastChannels = 32;
 constexpr int64_t kWeightTiles = 16;                       // tiles that take as long as the transform of the weight
 constexpr double kMostProducts = 0.65, kMostSmall = 0.55;  // of the definition's, with and without large tiles
 
-int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 struct Block {
   int64_t index, first, width;
   Block(int64_t index, int64_t channels)

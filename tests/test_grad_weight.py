@@ -33,6 +33,8 @@ CASES = {
         (24, 3, 3, 3),
         {"groups": 12, "padding": (3, 1), "dilation": (1, 2)},
     ),
+    "a prime number of groups": ((3, 39, 8, 9), (39, 3, 3, 3), {"groups": 13, "padding": 1}),
+    "narrow groups, computed as wide ones": ((3, 48, 8, 9), (60, 4, 3, 3), {"groups": 12, "padding": 1, "stride": 2}),
     "circular borders": ((3, 12, 7, 9), (16, 12, 3, 3), {"padding": 1, "padding_mode": "circular", "stride": 2}),
     "1-d": ((3, 6, 50), (20, 6, 5), {"stride": 2, "padding": 3}),
     "1-d, many groups": ((3, 18, 50), (27, 2, 4), {"groups": 9, "stride": 3, "dilation": 2}),
@@ -47,7 +49,7 @@ def layouts_of(shape):
 
 
 @cases
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_as_accurate_as_torch(name, dtype):
     shape, weight, geometry = CASES[name]
     for layout in layouts_of(shape).values():
@@ -87,7 +89,7 @@ def test_any_shape(data):
 
 
 @cases
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_threads_do_not_change_a_bit(name, dtype):
     shape, weight_shape, geometry = CASES[name]
     for layout in layouts_of(shape).values():

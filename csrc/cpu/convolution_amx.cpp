@@ -7,10 +7,12 @@
 // x, so an infinite x makes NaN of taps, too, that do not meet it.)
 //
 // Only dw knows strides s: the pixels a, a + s, a + 2s, ... of x are a phase of it, with which the taps that meet them
-// form a convolution of stride 1. The phases lie one behind the other.
+// form a convolution of stride 1. The phases lie one behind the other. Where rows (planes) are so long that a shift by
+// one would be most of a chunk, the taps in another row (plane), too, meet phases of their own.
 //
 // Work is cut by the shape alone, into chunks of positions small enough for the L2 cache, times groups of channels. For
-// dw the positions are first cut into slices, whose sums are added at the end, in order.
+// dw the positions are first cut into slices, whose sums are added at the end, in order. Only dw knows groups of a
+// convolution, which are work of their own.
 #include "convolution_amx.h"
 
 #include <ATen/Parallel.h>
@@ -18,6 +20,7 @@
 
 #include "amx.h"
 #include "bn_blocks.h"
+#include "memory_format.h"
 
 namespace convbn {
 
@@ -32,8 +35,6 @@ constexpr int64_t kWidestGroup = 256;          // for dw, if there is work enoug
 constexpr int64_t kMostPositions = 640;        // of a chunk: dyᵀ of a tile's channels stays in the L1 cache
 constexpr int64_t kChunkElements = 1 << 19;    // of a chunk's operands
 constexpr int64_t kSmallPlane = 64;            // positions of an image: above, the library is as fast
-constexpr int64_t kLeastChannels = 16;         // for dw: fewer leave too much of a tile empty,
-constexpr int64_t kFewPositions = 1 << 13;     // but with so few of dy the library needs longer to begin
 constexpr int64_t kMostParts = 2 * (1 << 20);  // floats in all slices' sums
 
 // The last axes of a tensor, as three.
@@ -45,7 +46,24 @@ struct Sizes : std::array<int64_t, 3> {
 
 // Every step[i]-th pixel of images (N, *size, channels) along each axis, from begin[i] on.
 struct Pixels {
-  Sizes size, step{{}, 1}, begin{{}, 0};
+  Sizes size, step{{}, 1}, begin{{}, 0};  // begin may be negative where the taps of an axis are apart
+};
+
+// Where pixels are, each with its channels side by side; pixels may overlap.
+template <class T>
+struct Images {
+  T* data;
+  int64_t stride;
+  Sizes strides;
+  Images(const Tensor& t, T* data) : data(data), stride(t.stride(0)), strides(t.strides().slice(2), 0) {}
+  T* at(int64_t image, const std::array<int64_t, 3>& index) const {
+    return data + image * stride + index[0] * strides[0] + index[1] * strides[1] + index[2] * strides[2];
+  }
+  Images from_channel(int64_t c) const {
+    Images result = *this;
+    result.data += c;
+    return result;
+  }
 };
 
 struct Grid {
@@ -57,7 +75,8 @@ struct Grid {
   int64_t positions;  // of all images
   int64_t lead = 0;
 
-  Grid(IntArrayRef input, IntArrayRef output, IntArrayRef weight, const ConvGeometry& g)
+  // The taps of the first `apart` of three axes are phases instead of shifts.
+  Grid(IntArrayRef input, IntArrayRef output, IntArrayRef weight, const ConvGeometry& g, int apart = 0)
       : in{{input.slice(2), 1}}, out{{output.slice(2), 1}}, cells(out.size) {
     const Sizes kernel(weight.slice(2), 1), dilation(g.dilation, 1), stride(g.stride, 1);
     Sizes before({}, 0);
@@ -70,8 +89,9 @@ struct Grid {
       Pixels pixels{in.size, stride};
       for (int i = 0; i < 3; ++i) {
         const int64_t offset = index[i] * dilation[i] - before[i];
-        shift[i] = c10::div_floor_integer(offset, stride[i]);
+        shift[i] = i < apart ? 0 : c10::div_floor_integer(offset, stride[i]);
         pixels.begin[i] = offset - shift[i] * stride[i];
+        if (i < apart) continue;
         const int64_t extent = pieces(in.size[i] - pixels.begin[i], stride[i]);
         cells[i] = std::max({cells[i], out.size[i] + shift[i], extent - shift[i]});
       }
@@ -89,9 +109,9 @@ struct Grid {
     lead += lead % 2;
   }
 
-  // rows[i] = where the channels at position first + i of data (N, *size, channels) are; for an empty cell, zeros
+  // rows[i] = where the channels at position first + i are; for an empty cell, zeros
   template <class T>
-  void locate(T* data, const Pixels& of, int64_t channels, int64_t first, int64_t count, T* zeros, T** rows) const {
+  void locate(const Images<T>& images, const Pixels& of, int64_t first, int64_t count, T* zeros, T** rows) const {
     const auto& [size, step, begin] = of;
     for (int64_t i = 0; i < count;) {
       const int64_t p = first + i;
@@ -101,29 +121,35 @@ struct Grid {
       }
       const int64_t line = p / cells[2], plane = line / cells[1];
       const int64_t d = plane % cells[0] * step[0] + begin[0], h = line % cells[1] * step[1] + begin[1];
-      const int64_t filled = h < size[1] && d < size[0] ? pieces(size[2] - begin[2], step[2]) : 0;  // cells of the line
-      T* const start = data + (((plane / cells[0] * size[0] + d) * size[1] + h) * size[2] + begin[2]) * channels;
+      const bool inside = h >= 0 && h < size[1] && d >= 0 && d < size[0];
+      const int64_t filled = inside ? pieces(size[2] - begin[2], step[2]) : 0;  // cells of the line
+      T* const start = images.at(plane / cells[0], {d, h, begin[2]});
       const int64_t cell = p % cells[2], next = i - cell + std::min(cells[2], cell + count - i);
       const int64_t end = std::clamp(i - cell + filled, i, next);
-      for (int64_t w = cell; i < end; ++w, ++i) rows[i] = start + w * step[2] * channels;
+      for (int64_t w = cell; i < end; ++w, ++i) rows[i] = start + w * step[2] * images.strides[2];
       for (; i < next; ++i) rows[i] = zeros;
     }
   }
 };
 
 const uint16_t* bits(const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); }
+Images<const uint16_t> images(const Tensor& t) { return {t, bits(t)}; }
 
 int64_t tiled(int64_t positions) { return pieces(positions, kTilePositions) * kTilePositions; }
 
-at::MemoryFormat channels_last(const ConvGeometry& g) {
-  return g.axes() == 2 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+// With the channels of a pixel side by side
+Tensor pixels(const Tensor& t) { return t.stride(1) == 1 ? t : to_format(t, last_format(t.dim() - 2)); }
+
+bool possible(const Tensor& like, const ConvGeometry& g) {
+  return like.is_cpu() && like.scalar_type() == at::kBFloat16 && amx_available() && g.axes() >= 2 && like.numel() > 0;
 }
 
-// Whether the kernels can do it: sizes of x and y, w as it is.
-bool possible(const Tensor& like, IntArrayRef input, IntArrayRef output, const Tensor& weight, const ConvGeometry& g) {
-  return like.is_cpu() && like.scalar_type() == at::kBFloat16 && amx_available() && g.axes() >= 2 && g.groups == 1 &&
-         like.is_contiguous(channels_last(g)) && like.numel() > 0 &&
-         Grid(input, output, weight.sizes(), g).lead <= kMostPositions;
+// A grid for dw whose shifts are not too long, if there is one.
+Grid grad_weight_grid(IntArrayRef input, IntArrayRef output, IntArrayRef weight, const ConvGeometry& g) {
+  for (int apart = 0;; ++apart) {
+    Grid grid(input, output, weight, g, apart);
+    if (grid.lead <= kMostPositions || apart == 2) return grid;
+  }
 }
 
 // out = data ⋆ weight or, for the adjoint, its transpose; data and out at the sizes of x and y or the other way round.
@@ -136,7 +162,7 @@ Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef input_sizes
   const int64_t from = weight.size(adjoint ? 0 : 1), to = weight.size(adjoint ? 1 : 0);
   const Pixels &from_pixels = adjoint ? grid.out : grid.in, &to_pixels = adjoint ? grid.in : grid.out;
 
-  const Tensor w = weight.contiguous(channels_last(g));
+  const Tensor w = weight.contiguous(last_format(g.axes()));
   AlignedVector<uint32_t> packed(packed_weight_size(weight.size(0), taps, weight.size(1)));
   at::parallel_for(0, pieces(weight.size(0), kTileChannels), 1, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin * kTileChannels; o < end * kTileChannels; o += kTileChannels)
@@ -147,8 +173,8 @@ Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef input_sizes
   const int64_t chunks = pieces(grid.positions, most);
   const int64_t positions = tiled(pieces(grid.positions, chunks));
   const int64_t groups = pieces(to, kGroup);
-  Tensor out = at::empty(adjoint ? input_sizes : output_sizes, data.options().memory_format(channels_last(g)));
-  auto* const out_bits = static_cast<uint16_t*>(out.mutable_data_ptr());
+  Tensor out = at::empty(adjoint ? input_sizes : output_sizes, data.options().memory_format(last_format(g.axes())));
+  const Images<uint16_t> results(out, static_cast<uint16_t*>(out.mutable_data_ptr()));
   const std::vector<uint16_t> zeros(from, 0);
   at::parallel_for(0, chunks * groups, 1, [&](int64_t begin, int64_t end) {
     thread_local AlignedVector<uint16_t> copy;
@@ -167,9 +193,8 @@ Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef input_sizes
                           packed.data() + packed_weight_size(group, taps, from)};
       copy.resize(chunk.copy_size());
       chunk.copy = copy.data();
-      grid.locate(bits(data), from_pixels, from, first - grid.lead, positions + 2 * grid.lead, zeros.data(),
-                  x_rows.data());
-      grid.locate<uint16_t>(out_bits, to_pixels, to, first, positions, nullptr, y_rows.data());
+      grid.locate(images(data), from_pixels, first - grid.lead, positions + 2 * grid.lead, zeros.data(), x_rows.data());
+      grid.locate<uint16_t>(results, to_pixels, first, positions, nullptr, y_rows.data());
       for (uint16_t*& row : y_rows)
         if (row) row += group;
       amx_convolve(chunk);
@@ -184,10 +209,11 @@ bool takes_convolve_amx(const Tensor& like, const Tensor& weight, IntArrayRef in
                         const ConvGeometry& g) {
   const bool matrix_product = weight.numel() == weight.size(0) * weight.size(1);
   const auto one = [](int64_t stride) { return stride == 1; };
-  return !matrix_product && std::all_of(g.stride.begin(), g.stride.end(), one) &&
+  return !matrix_product && g.groups == 1 && std::all_of(g.stride.begin(), g.stride.end(), one) &&
          std::min(weight.size(0), weight.size(1)) >= kTileChannels &&
-         c10::multiply_integers(output_sizes.slice(2)) <= kSmallPlane &&
-         possible(like, input_sizes, output_sizes, weight, g);
+         c10::multiply_integers(output_sizes.slice(2)) <= kSmallPlane && possible(like, g) &&
+         like.is_contiguous(last_format(g.axes())) &&
+         Grid(input_sizes, output_sizes, weight.sizes(), g).lead <= kMostPositions;
 }
 
 Tensor convolve_amx(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
@@ -198,68 +224,89 @@ Tensor grad_input_amx(const Tensor& grad_output, const Tensor& weight, IntArrayR
   return product(grad_output, weight, input_sizes, grad_output.sizes(), g, true);
 }
 
-bool takes_grad_weight_amx(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+bool takes_grad_weight_amx(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_sizes,
                            const ConvGeometry& g) {
-  const bool few_positions = grad_output.numel() <= kFewPositions * grad_output.size(1);
-  return (few_positions || std::min(weight.size(0), weight.size(1)) >= kLeastChannels) &&
-         possible(input, input.sizes(), grad_output.sizes(), weight, g) && grad_output.is_contiguous(channels_last(g));
+  return possible(input, g) &&
+         grad_weight_grid(input.sizes(), grad_output.sizes(), weight_sizes, g).lead <= kMostPositions;
+}
+
+// Few channels: with the taps of a row as channels, of pixels that overlap between columns of zeros.
+static Tensor grad_weight_of_rows(const Tensor& grad_output, const Tensor& input, IntArrayRef sizes,
+                                  const ConvGeometry& g) {
+  const int64_t axes = g.axes(), taps = sizes.back(), from = sizes[1], padding = g.padding[2 * axes - 2];
+  const Tensor last = to_format(input, last_format(axes)).movedim(1, -1);
+  const Tensor x = at::constant_pad_nd(last, {0, 0, padding, padding}).contiguous();
+  std::vector<int64_t> x_sizes = input.sizes().vec(), x_strides = x.strides().vec(), w_sizes = sizes.vec();
+  x_sizes[1] = w_sizes[1] = taps * from, x_sizes.back() = grad_output.sizes().back(), w_sizes.back() = 1;
+  x_strides.pop_back(), x_strides.back() *= g.stride.back();
+  x_strides.insert(x_strides.begin() + 1, 1);
+  ConvGeometry rows = g;
+  rows.stride.back() = 1, rows.padding[2 * axes - 2] = rows.padding[2 * axes - 1] = 0;
+  const Tensor dw = grad_weight_amx(grad_output, x.as_strided(x_sizes, x_strides), w_sizes, rows);
+  return dw.squeeze(-1).unflatten(1, {taps, from}).movedim(1, -1);
 }
 
 Tensor grad_weight_amx(const Tensor& grad_output, const Tensor& input, IntArrayRef weight_sizes,
                        const ConvGeometry& g) {
-  const Grid grid(input.sizes(), grad_output.sizes(), weight_sizes, g);
-  const int64_t in_channels = weight_sizes[1], out_channels = weight_sizes[0];
-  const int64_t columns = padded_channels(in_channels), taps = static_cast<int64_t>(grid.shifts.size());
+  if (weight_sizes.back() > 1 && weight_sizes[1] * weight_sizes.back() <= kTileChannels && g.groups == 1 &&
+      g.dilation.back() == 1)
+    return grad_weight_of_rows(grad_output, input, weight_sizes, g);
+  const Tensor dy = pixels(grad_output), x = pixels(input);
+  const Grid grid = grad_weight_grid(input.sizes(), grad_output.sizes(), weight_sizes, g);
+  const int64_t from = weight_sizes[1], to = weight_sizes[0] / g.groups;  // channels of a group
+  const int64_t columns = padded_channels(from), taps = static_cast<int64_t>(grid.shifts.size());
   const int64_t phases = static_cast<int64_t>(grid.phases.size());
   const bool odd_shifts = std::any_of(grid.shifts.begin(), grid.shifts.end(), [](int64_t shift) { return shift % 2; });
-  const int64_t part = padded_channels(out_channels) * taps * columns;
-  const int64_t most_slices = std::clamp<int64_t>(kMostParts / part, 1, pieces(grid.positions, kMostPositions));
+  const int64_t part = padded_channels(to) * taps * columns;  // of a slice and a group
+  const int64_t most_slices =
+      std::clamp<int64_t>(kMostParts / (part * g.groups), 1, pieces(grid.positions, kMostPositions));
   int64_t width = kWidestGroup;
-  while (width > kGroup / 2 && most_slices * pieces(out_channels, width) < kUnits / 2) width /= 2;
-  const int64_t groups = pieces(out_channels, width);
-  const int64_t slice = tiled(pieces(grid.positions, std::clamp<int64_t>(kUnits / groups, 1, most_slices)));
+  while (width > kGroup / 2 && most_slices * g.groups * pieces(to, width) < kUnits / 2) width /= 2;
+  const int64_t blocks = pieces(to, width), units = g.groups * blocks;
+  const int64_t slice = tiled(pieces(grid.positions, std::clamp<int64_t>(kUnits / units, 1, most_slices)));
   const int64_t slices = pieces(grid.positions, slice);
   const int64_t most =
       std::clamp<int64_t>(kChunkElements / (2 * phases * columns + width) - 2 * grid.lead, 128, kMostPositions);
   const int64_t positions = tiled(pieces(slice, pieces(slice, most)));
-  const Tensor parts = at::empty({slices, part}, at::kFloat);
+  const Tensor parts = at::empty({slices, g.groups * part}, at::kFloat);
   float* const sums = parts.mutable_data_ptr<float>();
-  const std::vector<uint16_t> zeros(std::max(in_channels, out_channels), 0);
+  const std::vector<uint16_t> zeros(std::max(from, to), 0);
 
-  at::parallel_for(0, slices * groups, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, slices * units, 1, [&](int64_t begin, int64_t end) {
     thread_local AlignedVector<uint32_t> even, odd;
     thread_local AlignedVector<uint16_t> transposed;
     std::vector<const uint16_t*> x_rows(phases * (positions + 2 * grid.lead) + 1, zeros.data()), dy_rows(positions);
     std::vector<int64_t> starts(taps);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t group = unit % groups * width, first = unit / groups * slice;
+    for (int64_t work = begin; work < end; ++work) {
+      const int64_t group = work % units / blocks, o = work % blocks * width, first = work / units * slice;
       const int64_t last = std::min(first + slice, grid.positions);
       for (int64_t p = first; p < last; p += positions) {
         const int64_t mine = std::min(positions, last - p), span = tiled(mine) + 2 * grid.lead;
         for (int64_t t = 0; t < taps; ++t) starts[t] = grid.phase[t] * span + grid.lead + grid.shifts[t];
-        GradWeightChunk chunk{x_rows.data(), dy_rows.data(), phases * span,
-                              tiled(mine),   in_channels,    std::min(width, out_channels - group),
-                              taps,          starts.data(),  p == first};
+        GradWeightChunk chunk{x_rows.data(),           dy_rows.data(), phases * span, tiled(mine), from,
+                              std::min(width, to - o), taps,           starts.data(), p == first};
         even.resize(chunk.pairs_size());
         if (odd_shifts) odd.resize(chunk.pairs_size());
         transposed.resize(chunk.transposed_size());
         chunk.even = even.data(), chunk.odd = odd_shifts ? odd.data() : nullptr, chunk.transposed = transposed.data();
         for (int64_t f = 0; f < phases; ++f)
-          grid.locate(bits(input), grid.phases[f], in_channels, p - grid.lead, span, zeros.data(),
+          grid.locate(images(x).from_channel(group * from), grid.phases[f], p - grid.lead, span, zeros.data(),
                       x_rows.data() + f * span);
         // beyond the slice dy is zero: the next unit has it
-        grid.locate(bits(grad_output) + group, grid.out, out_channels, p, mine, zeros.data(), dy_rows.data());
+        grid.locate(images(dy).from_channel(group * to + o), grid.out, p, mine, zeros.data(), dy_rows.data());
         std::fill(dy_rows.begin() + mine, dy_rows.end(), zeros.data());
-        amx_grad_weight(chunk, sums + unit / groups * part + group * taps * columns);
+        amx_grad_weight(chunk, sums + (work / units * g.groups + group) * part + o * taps * columns);
       }
     }
   });
 
-  Tensor dw = at::empty(weight_sizes, input.options().memory_format(channels_last(g)));
+  Tensor dw = at::empty(weight_sizes, input.options().memory_format(last_format(g.axes())));
   auto* const out = static_cast<uint16_t*>(dw.mutable_data_ptr());
-  at::parallel_for(0, out_channels * taps, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      amx_sum_slices(sums + row * columns, slices, part, in_channels, out + row * in_channels);
+  at::parallel_for(0, weight_sizes[0] * taps, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t group = row / taps / to, of_group = row - group * to * taps;
+      amx_sum_slices(sums + group * part + of_group * columns, slices, parts.size(1), from, out + row * from);
+    }
   });
   return dw;
 }

@@ -52,10 +52,7 @@ std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tens
                         : takes_grad_input_narrow(grad_output, weight, x.sizes(), g)                 ? grad_input_narrow
                         : takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g) ? grad_input_amx
                                                                                                      : nullptr;
-  const auto weight_by = !needs_weight                                              ? nullptr
-                         : takes_grad_weight_amx(grad_output, x, weight, g)         ? grad_weight_amx
-                         : takes_own_grad_weight(grad_output, x, weight.sizes(), g) ? own_grad_weight
-                                                                                    : nullptr;
+  const auto weight_by = needs_weight && takes_own_grad_weight(grad_output, x) ? own_grad_weight : nullptr;
   const std::array<bool, 3> library{needs_input && !input_by, needs_weight && !weight_by, false};
   const std::vector<int64_t> zero(g.axes(), 0);
   Tensor grad_input, grad_weight;
@@ -119,8 +116,7 @@ Tensor sum_of_products(const Tensor& a, const Tensor& b) {
 // x as dy: without the pixels that a stride leaves out
 Tensor grad_weight_by_rows(const Tensor& dy, const Tensor& x, const Tensor& weight) {
   const ConvGeometry g{{1, 1}, {0, 0, 0, 0}, {1, 1}};
-  if (takes_grad_weight_amx(dy, x, weight, g)) return grad_weight_amx(dy, x, weight.sizes(), g);
-  if (takes_own_grad_weight(dy, x, weight.sizes(), g) && dy.numel() / dy.size(1) < kFewPieces * kPieceRows)
+  if (x.scalar_type() == at::kBFloat16 || dy.numel() / dy.size(1) < kFewPieces * kPieceRows)
     return own_grad_weight(dy, x, weight.sizes(), g);
   return sum_of_products(rows(dy), rows(x)).view(weight.sizes());
 }

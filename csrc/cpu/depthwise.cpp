@@ -211,19 +211,22 @@ constexpr int64_t kMostSlices = 16;
 
 bool takes_grad_weight_depthwise(const Tensor& grad_output, const Tensor& input, at::IntArrayRef weight_sizes,
                                  const ConvGeometry& g) {
-  return input.scalar_type() == at::kFloat && is_depthwise(input, weight_sizes, g) && grad_output.numel() > 0 &&
-         grad_output.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const auto type = input.scalar_type();
+  return (type == at::kFloat || type == at::kBFloat16) && is_depthwise(input, weight_sizes, g) &&
+         grad_output.numel() > 0 && grad_output.is_contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 // The rows of all images are cut into slices by their number alone, whose sums are added in order.
-Tensor grad_weight_depthwise(const Tensor& grad_output, const Tensor& input, at::IntArrayRef weight_sizes,
+template <typename scalar_t>
+static Tensor grad_weight_of(const Tensor& grad_output, const Tensor& input, at::IntArrayRef weight_sizes,
                              const ConvGeometry& g) {
-  const Depthwise<float> convolution(input.sizes(), input.new_empty({1}).expand(weight_sizes), g);
+  const Depthwise<scalar_t> convolution(input.sizes(), input.new_empty({1}).expand(weight_sizes), g);
   const int64_t images = input.size(0), rows = grad_output.size(2), all = images * rows;
   const int64_t image = input.numel() / images, row = grad_output.numel() / all, slices = std::min(all, kMostSlices);
   const Tensor parts = at::zeros({slices, c10::multiply_integers(weight_sizes)}, at::kFloat);
   float* const sums = parts.mutable_data_ptr<float>();
-  const float *const x = input.const_data_ptr<float>(), *const dy = grad_output.const_data_ptr<float>();
+  const auto* const x = static_cast<const scalar_t*>(input.const_data_ptr());
+  const auto* const dy = static_cast<const scalar_t*>(grad_output.const_data_ptr());
   at::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slice = begin; slice < end; ++slice)
       for (int64_t r = slice * all / slices, last = (slice + 1) * all / slices; r < last;) {
@@ -232,7 +235,13 @@ Tensor grad_weight_depthwise(const Tensor& grad_output, const Tensor& input, at:
         r += count;
       }
   });
-  return convolution.grad_weight_of(parts.sum(0, false, at::kDouble)).to(at::kFloat);
+  return convolution.grad_weight_of(parts.sum(0, false, at::kDouble)).to(input.scalar_type());
+}
+
+Tensor grad_weight_depthwise(const Tensor& grad_output, const Tensor& input, at::IntArrayRef weight_sizes,
+                             const ConvGeometry& g) {
+  return (input.scalar_type() == at::kFloat ? grad_weight_of<float> : grad_weight_of<bf16>)(grad_output, input,
+                                                                                            weight_sizes, g);
 }
 
 template <typename scalar_t>

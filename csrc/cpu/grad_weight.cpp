@@ -5,15 +5,20 @@
 // indices each.
 //
 // A chunk is some rows of dy, or a piece of a row. Chunks are cut into slices by the shape alone, whose sums are added
-// at the end, in order. Work is slices times blocks of output channels, whose sums stay in the L2 cache.
+// at the end, in order. Work is slices times blocks of output channels, whose sums stay in the L2 cache. bfloat16 is
+// copied as float32.
+//
+// Narrow groups are computed as fewer, wider ones, of which dw are the blocks on the diagonal.
 #include "grad_weight.h"
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 
+#include "amx.h"
 #include "axes.h"
 #include "bn_blocks.h"
+#include "convolution_amx.h"
 #include "depthwise.h"
 #include "isa.h"
 #include "memory_format.h"
@@ -28,22 +33,22 @@ using at::Tensor;
 
 namespace {
 
-constexpr int64_t kPositions = 128;                 // of a chunk, about
-constexpr int64_t kColumns = 64;                    // output channels of a block, or a multiple
-constexpr int64_t kSums = 1 << 17;                  // of a block, unless kColumns have more
-constexpr int64_t kUnits = 16;                      // of work, if there are so many chunks or blocks
-constexpr int64_t kFewestChunks = 4;                // of a slice, to be worth its sums
-constexpr int64_t kMostParts = 1 << 21;             // values in all slices' sums
-constexpr int64_t kFewGroups = 8, kWideGroup = 64;  // bytes of a group's channels
-constexpr int64_t kFewPairs = 16;                   // of channels in a group
+constexpr int64_t kPositions = 128;               // of a chunk, about
+constexpr int64_t kColumns = 64;                  // output channels of a block, or a multiple
+constexpr int64_t kSums = 1 << 17;                // of a block, unless kColumns have more
+constexpr int64_t kUnits = 16;                    // of work, if there are so many chunks or blocks
+constexpr int64_t kFewestChunks = 4;              // of a slice, to be worth its sums
+constexpr int64_t kMostParts = 1 << 21;           // values in all slices' sums
+constexpr int64_t kFewGroups = 8, kFewPairs = 9;  // of channels in a group
+constexpr int64_t kLineBytes = 64;                // of a cache line, the widest register
 
 // Pixels first … first + count − 1 of a row of `width`, of each `some` of its channels, as rows of `columns` values;
 // zeros for what is not there.
-template <class T>
-void copy_pixels(const T* row, int64_t width, int64_t channels, int64_t first, int64_t count, int64_t some,
+template <class S, class T>
+void copy_pixels(const S* row, int64_t width, int64_t channels, int64_t first, int64_t count, int64_t some,
                  int64_t columns, T* to) {
   const int64_t low = std::clamp<int64_t>(-first, 0, count), high = std::clamp(width - first, low, count);
-  const T* pixel = row + (first + low) * channels;
+  const S* pixel = row + (first + low) * channels;
   to = std::fill_n(to, low * columns, T{0});
   if (some == channels && some == columns) {
     to = std::copy_n(pixel, (high - low) * columns, to);
@@ -70,10 +75,12 @@ struct Room {
   std::vector<const T*> x_rows, dy_rows, A, B;
 };
 
-template <class T>
+// S: of x and dy, T: of the sums
+template <class S, class T>
 struct GradWeight {
+  static constexpr bool kCopies = !std::is_same_v<S, T>;  // all
   Axes axes;
-  const T *x, *dy;
+  const S *x, *dy;
   int64_t groups, rows;                          // rows of dy in all images
   int64_t from_channels, to_channels, from, to;  // of x, of dy; of a group
   int64_t kernel_rows, taps, columns, blocks;    // blocks of a group
@@ -82,8 +89,8 @@ struct GradWeight {
 
   GradWeight(const Tensor& grad_output, const Tensor& input, IntArrayRef sizes, const ConvGeometry& g)
       : axes(axes_of(input.sizes(), grad_output.sizes(), sizes, g)),
-        x(input.const_data_ptr<T>()),
-        dy(grad_output.const_data_ptr<T>()),
+        x(input.const_data_ptr<S>()),
+        dy(grad_output.const_data_ptr<S>()),
         groups(g.groups),
         rows(grad_output.numel() / sizes[0] / axes[2].y),
         from_channels(input.size(1)),
@@ -106,6 +113,12 @@ struct GradWeight {
   }
   int64_t units() const { return groups * blocks; }
   int64_t block_sums() const { return taps * from * columns; }
+  static const T* as_they_are(const S* row) {
+    if constexpr (kCopies)
+      return nullptr;
+    else
+      return row;
+  }
 
   // sums (taps, from, columns) of a block, or with `add` more of them
   void add_chunk(int64_t chunk, int64_t unit, T* sums, bool add, Room<T>& room) const {
@@ -115,17 +128,17 @@ struct GradWeight {
     const int64_t start = chunk / row_chunks * length, count = std::min(length, width.y - start);
     const int64_t first = chunk % row_chunks * some, last = std::min(rows, first + some);
 
-    const bool whole = here * sizeof(T) % 64 == 0;
+    const bool whole = !kCopies && groups == 1 && here * sizeof(T) % 64 == 0;
     T* dy_copy = whole ? nullptr : at_least(room.dy, some * length * columns);
     room.dy_rows.clear();
     for (int64_t r = first; r < last; ++r, dy_copy += whole ? 0 : length * columns) {
-      const T* const row = dy + r * width.y * to_channels + group * to + o;
+      const S* const row = dy + r * width.y * to_channels + group * to + o;
       if (!whole) copy_pixels(row, width.y, to_channels, start, count, here, columns, dy_copy);
-      room.dy_rows.push_back(whole ? row + start * to_channels : dy_copy);
+      room.dy_rows.push_back(whole ? as_they_are(row + start * to_channels) : dy_copy);
     }
 
     const int64_t left = width.met(start, 0), pixels = width.met(start + count - 1, width.kernel - 1) + 1 - left;
-    const bool inside = groups == 1 && left >= 0 && left + pixels <= width.x;
+    const bool inside = !kCopies && groups == 1 && left >= 0 && left + pixels <= width.x;
     int64_t low = 0, high = 0;  // rows of x that this chunk meets are among these
     for (int64_t r = first; r < last; ++r)
       for (int64_t t = 0; t < kernel_rows; ++t)
@@ -136,8 +149,8 @@ struct GradWeight {
     const auto row_of_x = [&](int64_t at) {
       const T*& row = room.x_rows[at - low];
       if (row) return row;
-      const T* const data = x + at * width.x * from_channels;
-      if (inside) return row = data + left * from_channels;
+      const S* const data = x + at * width.x * from_channels;
+      if (inside) return row = as_they_are(data + left * from_channels);
       T* const copy = x_copies + (at - low) * pixels * from;
       copy_pixels(data + group * from, width.x, from_channels, left, pixels, from, from, copy);
       return row = copy;
@@ -170,12 +183,11 @@ struct GradWeight {
   }
 };
 
-template <class T>
+template <class S, class T>
 Tensor grad_weight_of(const Tensor& grad_output, const Tensor& input, IntArrayRef sizes, const ConvGeometry& g) {
-  const GradWeight<T> call(grad_output, input, sizes, g);
-  const auto& [depth, height, width] = call.axes;
-  const Tensor parts = at::empty({call.slices, call.units(), call.taps * call.from, call.columns},
-                                 input.options().memory_format(at::MemoryFormat::Contiguous));
+  const GradWeight<S, T> call(grad_output, input, sizes, g);
+  const Tensor parts =
+      at::empty({call.slices, call.units(), call.taps * call.from, call.columns}, c10::CppTypeToScalarType<T>::value);
   call.run(parts.mutable_data_ptr<T>());
   const Tensor sum = call.slices > 1 ? parts.sum(0) : parts.select(0, 0);
   const Tensor turned = to_format(sum.unsqueeze(1).permute({0, 3, 1, 2}), at::MemoryFormat::Contiguous);
@@ -184,7 +196,8 @@ Tensor grad_weight_of(const Tensor& grad_output, const Tensor& input, IntArrayRe
   return turned.view({call.groups, call.blocks * call.columns, call.taps * call.from})
       .narrow(1, 0, call.to)
       .reshape(shape)
-      .movedim(-1, 1);
+      .movedim(-1, 1)
+      .to(input.scalar_type());
 }
 
 // ---- plane by plane: dw[o, c, i, j] = Σ_r Σ_w x[c, r·s + i·d − p, w·s + j·d − p] dy[o, r, w] ----
@@ -255,36 +268,71 @@ Tensor grad_weight_of_planes(const Tensor& grad_output, const Tensor& input, Int
   return parts.sum(0).to(input.scalar_type()).view(sizes);
 }
 
-// With the channels of a pixel side by side
-Tensor by_pixels(const Tensor& t) {
-  const Tensor last = t.dim() == 4 ? to_format(t, at::MemoryFormat::ChannelsLast) : t;
-  return last.movedim(1, -1).contiguous().movedim(-1, 1);
+// ---- which of these ----
+
+template <class T>
+Tensor of_planes(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g) {
+  const auto type = c10::CppTypeToScalarType<T>::value;
+  return grad_weight_of_planes<T>(grad_output.to(type), input.to(type), weight, g).to(input.scalar_type());
 }
 
-// Whether there are many groups, too narrow for products.
-bool narrow_groups(IntArrayRef weight, const Tensor& input, const ConvGeometry& g) {
-  return g.groups > kFewGroups && std::min(weight[1], weight[0] / g.groups) * input.element_size() < kWideGroup;
+// dw of a layer with one axis is that of one with rows alone.
+Tensor of_rows(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g) {
+  const ConvGeometry rows{{1, g.stride[0]}, {0, 0, g.padding[0], g.padding[1]}, {1, g.dilation[0]}, g.groups};
+  return own_grad_weight(grad_output.unsqueeze(2), input.unsqueeze(2), {weight[0], weight[1], 1, weight[2]}, rows)
+      .squeeze(2);
+}
+
+// `some` groups as one, of which dw has the blocks on the diagonal
+Tensor of_merged(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g,
+                 int64_t some) {
+  const int64_t groups = g.groups / some, to = weight[0] / g.groups, from = weight[1];
+  ConvGeometry merged = g;
+  merged.groups = groups;
+  std::vector<int64_t> wider = weight.vec();
+  wider[1] *= some;
+  const Tensor blocks = own_grad_weight(grad_output, input, wider, merged).reshape({groups, some, to, some, from, -1});
+  return blocks.diagonal(0, 1, 3).permute({0, 4, 1, 2, 3}).reshape(weight);
+}
+
+// How many groups as one, a divisor of all, cost least: products of whole registers and the copies for each.
+int64_t groups_to_merge(int64_t groups, int64_t from, int64_t to, int64_t lanes) {
+  const auto cost = [&](int64_t some) {
+    return groups / some * pieces(some * to, lanes) * lanes * (some * from + lanes);
+  };
+  int64_t best = 1;
+  for (int64_t some = 2; some <= std::min(groups, lanes); ++some)
+    if (groups % some == 0 && cost(some) < cost(best)) best = some;
+  return best;
 }
 
 }  // namespace
 
-// In float32 the library is much faster at many groups of several channels, and at those whose pixels lie side by side.
-bool takes_own_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g) {
+bool takes_own_grad_weight(const Tensor& grad_output, const Tensor& input) {
   const auto type = input.scalar_type();
-  if (!input.is_cpu() || (type != at::kFloat && type != at::kDouble) || input.numel() == 0 || grad_output.numel() == 0)
-    return false;
-  return takes_grad_weight_depthwise(grad_output, input, weight, g) || !narrow_groups(weight, input, g) ||
-         type == at::kDouble || (input.is_contiguous() && weight[0] / g.groups * weight[1] <= kFewPairs);
+  return input.is_cpu() && (type == at::kFloat || type == at::kDouble || type == at::kBFloat16) && input.numel() > 0 &&
+         grad_output.numel() > 0;
 }
 
 Tensor own_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g) {
-  const bool single = input.scalar_type() == at::kFloat;
+  const auto type = input.scalar_type();
+  if (g.axes() == 1) return of_rows(grad_output, input, weight, g);
   if (takes_grad_weight_depthwise(grad_output, input, weight, g))
     return grad_weight_depthwise(grad_output, input, weight, g);
-  if (narrow_groups(weight, input, g))
-    return (single ? grad_weight_of_planes<float> : grad_weight_of_planes<double>)(grad_output, input, weight, g);
-  const Tensor dy = by_pixels(grad_output), x = by_pixels(input);
-  return (single ? grad_weight_of<float> : grad_weight_of<double>)(dy, x, weight, g);
+  const int64_t to = weight[0] / g.groups, from = weight[1];
+  if (g.groups > kFewGroups && input.is_contiguous() && to * from <= kFewPairs && type != at::kBFloat16)
+    return (type == at::kDouble ? of_planes<double> : of_planes<float>)(grad_output, input, weight, g);
+  const int64_t lanes = type == at::kDouble                        ? kLineBytes / sizeof(double)
+                        : type == at::kBFloat16 && amx_available() ? kTileChannels
+                                                                   : kLineBytes / sizeof(float);
+  const int64_t some = groups_to_merge(g.groups, from, to, lanes);
+  if (some > 1) return of_merged(grad_output, input, weight, g, some);
+  if (takes_grad_weight_amx(grad_output, input, weight, g)) return grad_weight_amx(grad_output, input, weight, g);
+  const auto format = last_format(g.axes());
+  const Tensor dy = to_format(grad_output, format), x = to_format(input, format);
+  return type == at::kDouble  ? grad_weight_of<double, double>(dy, x, weight, g)
+         : type == at::kFloat ? grad_weight_of<float, float>(dy, x, weight, g)
+                              : grad_weight_of<at::BFloat16, float>(dy, x, weight, g);
 }
 
 }  // namespace convbn

@@ -1,5 +1,5 @@
-// contiguous (N, C, H·W) to channels_last (N, H·W, C) and back: per sample the transposition of a matrix, cut into
-// bands of rows that threads share.
+// contiguous (N, C, pixels) to channels_last (N, pixels, C) and back: per sample the transposition of a matrix, cut
+// into bands of rows that threads share.
 #include "memory_format.h"
 
 #include <ATen/Parallel.h>
@@ -39,15 +39,21 @@ void transpose_each(const void* in_data, void* out_data, int64_t samples, int64_
 
 }  // namespace
 
+at::MemoryFormat last_format(int64_t axes) {
+  return axes == 2   ? at::MemoryFormat::ChannelsLast
+         : axes == 3 ? at::MemoryFormat::ChannelsLast3d
+                     : at::MemoryFormat::Contiguous;
+}
+
 Tensor to_format(const Tensor& t, at::MemoryFormat format) {
-  const bool to_last = format == at::MemoryFormat::ChannelsLast;
-  const auto other = to_last ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+  const bool to_last = format != at::MemoryFormat::Contiguous;
+  const auto other = to_last ? at::MemoryFormat::Contiguous : last_format(t.dim() - 2);
   const int64_t bytes = t.element_size();
   if (t.is_contiguous(format) || !t.is_contiguous(other) || !t.is_cpu() || t.numel() == 0 ||
       (bytes != 2 && bytes != 4 && bytes != 8))
     return t.contiguous(format);
   const Tensor result = at::empty(t.sizes(), t.options().memory_format(format));
-  const int64_t channels = t.size(1), plane = t.size(2) * t.size(3);
+  const int64_t channels = t.size(1), plane = t.numel() / (t.size(0) * channels);
   const auto transpose = bytes == 2   ? transpose_each<uint16_t>
                          : bytes == 4 ? transpose_each<uint32_t>
                                       : transpose_each<uint64_t>;

@@ -4,6 +4,9 @@
 
 namespace convbn {
 
+// channels_last, where there is such a format
+at::MemoryFormat last_format(int64_t axes);
+
 // t.contiguous(format)
 at::Tensor to_format(const at::Tensor& t, at::MemoryFormat format);
 

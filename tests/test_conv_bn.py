@@ -64,6 +64,17 @@ def test_inference_activations(activation, residual, memory_format, dtype):
     assert ours.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("shape", [(2, 16, 20, 20), (2, 64, 160, 160)], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_inference_of_contiguous_images_with_a_stride(shape, dtype):
+    """In bfloat16 by way of channels_last."""
+    case = Case(shape, (8, shape[1], 3, 3), training=False, activation="relu", residual=False, padding=1, stride=2)
+    with torch.no_grad():
+        exact, theirs, ours = case.eager(torch.float64)[0], case.eager(dtype)[0], case.ours(dtype)[0]
+    assert_as_accurate(ours, theirs, exact, dtype, "out")
+    assert ours.is_contiguous()
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_shape(data):

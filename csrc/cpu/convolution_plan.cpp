@@ -194,6 +194,11 @@ bool beats_fused_inference(const Tensor& x, const Tensor& weight, const ConvGeom
   return p.winograd || (p.given == Format::Contiguous && (p.planes || p.rows));
 }
 
+bool turns_to_channels_last(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  return has_plan(x) && x.scalar_type() == at::kBFloat16 && g.groups == 1 && !channels_last(x) &&
+         !channels_last(weight) && x.numel() >= c10::multiply_integers(g.output_sizes(x.sizes(), weight.sizes()));
+}
+
 Tensor planned_convolve(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (!has_plan(x) || weight.numel() == 0) return direct(x, weight, g);
   const Plan p = plan(x, weight, g);

@@ -4,6 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "../convolution_plan.h"
+#include "memory_format.h"
+#include "pool.h"
 
 namespace convbn {
 
@@ -74,14 +76,22 @@ bool fuses(const Tensor& input, const Tensor& weight, bool residual, const ConvB
 Tensor fused_convolution(const Tensor& input, const Tensor& weight, const Tensor& bias, const OptionalTensor& residual,
                          const ConvBnOptions& options) {
   const ConvGeometry& g = options.geometry;
-  const Tensor x = g.pads_explicitly() ? pad(input, g) : input;
+  // What the library makes beside the result is for itself.
+  const int64_t bytes = input.element_size() * c10::multiply_integers(g.output_sizes(input.sizes(), weight.sizes()));
+  const PoolPause pause(bytes < kPooledBytes && static_cast<int64_t>(input.nbytes()) < kMallocKeeps);
+  const bool turns = turns_to_channels_last(input, weight, g);
+  Tensor x = g.pads_explicitly() ? pad(input, g) : input, w = weight;
+  if (turns) x = to_format(x, at::MemoryFormat::ChannelsLast), w = to_format(w, at::MemoryFormat::ChannelsLast);
   const auto padding = library_padding(g);
   Scalars scalars;
   if (options.activation == Activation::leaky_relu) scalars.push_back(at::Scalar(options.slope));
   const Text algorithm = options.activation == Activation::gelu ? Text("none") : Text("");
   const char* activation = onednn_name(options.activation);
-  if (!residual)
-    return plain()->call(x, weight, bias, padding, g.stride, g.dilation, g.groups, activation, scalars, algorithm);
+  if (!residual) {
+    const Tensor out =
+        plain()->call(x, w, bias, padding, g.stride, g.dilation, g.groups, activation, scalars, algorithm);
+    return turns ? to_format(out, at::MemoryFormat::Contiguous) : out;
+  }
   const Text unary = options.activation == Activation::identity ? std::nullopt : Text(activation);
   return with_sum()->call(x, *residual, weight, bias, padding, g.stride, g.dilation, g.groups, "add", std::nullopt,
                           unary, scalars, algorithm);

@@ -19,7 +19,6 @@ namespace convbn {
 
 namespace {
 
-constexpr size_t kSmallest = size_t{4} << 20;  // below, malloc keeps memory by itself, and nearer to the caches
 constexpr size_t kHugePage = size_t{2} << 20;
 
 thread_local int scopes = 0;
@@ -136,7 +135,7 @@ class PooledAllocator final : public c10::Allocator {
  public:
   explicit PooledAllocator(c10::Allocator* plain) : plain_(plain) {}
   c10::DataPtr allocate(size_t bytes) override {
-    if (scopes == 0 || bytes < kSmallest) return plain_->allocate(bytes);
+    if (scopes == 0 || static_cast<int64_t>(bytes) < kPooledBytes) return plain_->allocate(bytes);
     void* const p = pool().take(bytes);
     return {p, p, &free_pooled, c10::Device(c10::kCPU)};
   }
@@ -167,6 +166,8 @@ PooledAllocator* PooledAllocator::installed = nullptr;
 
 PoolScope::PoolScope() { ++scopes; }
 PoolScope::~PoolScope() { --scopes; }
+PoolPause::PoolPause(bool pauses) : scopes_(pauses ? std::exchange(scopes, 0) : 0) {}
+PoolPause::~PoolPause() { scopes += scopes_; }
 
 std::pair<int64_t, int64_t> pool_bytes() { return pool().bytes(); }
 void pool_release() { pool().release(); }

@@ -19,6 +19,21 @@ class PoolScope {
   PoolScope& operator=(const PoolScope&) = delete;
 };
 
+// While one of these lives they come from malloc again, if `pauses`: better for tensors that are given back at once, as
+// long as malloc keeps their memory, because whoever used it last left it in a cache.
+class PoolPause {
+ public:
+  explicit PoolPause(bool pauses);
+  ~PoolPause();
+  PoolPause(const PoolPause&) = delete;
+  PoolPause& operator=(const PoolPause&) = delete;
+
+ private:
+  const int scopes_;
+};
+constexpr int64_t kPooledBytes = int64_t{4} << 20;   // below, malloc keeps memory by itself, and nearer to the caches
+constexpr int64_t kMallocKeeps = int64_t{32} << 20;  // glibc keeps no larger ones
+
 // Bytes in tensors, and bytes kept for the next ones. Together they never exceed the most that tensors had at one time.
 std::pair<int64_t, int64_t> pool_bytes();
 void pool_release();  // gives back what is kept

@@ -26,6 +26,7 @@ CASES = {
     "blocks of output channels, the last narrower": ((2, 32, 16, 16), (208, 32, 3, 3), {"padding": 1}),
     "a narrow block alone": ((2, 64, 16, 16), (48, 64, 3, 3), {"padding": 1}),
     "many channels, small chunks": ((9, 1040, 8, 8), (32, 1040, 3, 3), {"padding": 1}),
+    "a heavy weight, more tiles than go together": ((33, 384, 7, 7), (352, 384, 3, 3), {"padding": 1}),
     "large tiles": ((3, 384, 16, 16), (64, 384, 3, 3), {"padding": 1}),
     "large tiles reach over the border": ((13, 400, 7, 10), (32, 400, 3, 3), {"padding": 1}),
     "large tiles for dx alone": ((2, 32, 17, 18), (384, 32, 3, 3), {"padding": (0, 2)}),
@@ -81,7 +82,13 @@ def test_any_shape(data):
 
 
 @pytest.mark.parametrize(
-    "name", ["several chunks, several slices", "blocks of output channels, the last narrower", "large tiles"]
+    "name",
+    [
+        "several chunks, several slices",
+        "blocks of output channels, the last narrower",
+        "a heavy weight, more tiles than go together",
+        "large tiles",
+    ],
 )
 def test_threads_do_not_change_a_bit(name):
     shape, weight, geometry = CASES[name]
@@ -107,6 +114,7 @@ def test_samples_do_not_depend_on_each_other():
         (True, "channels_last", (2, 32, 12, 12), (32, 32, 3, 3), {"padding": 1}),
         (True, "channels_last", (16, 32, 7, 7), (32, 32, 3, 3), {"padding": 1}),
         (True, "contiguous", (16, 32, 12, 12), (32, 32, 3, 3), {"padding": 1}),
+        (True, "contiguous", (32, 384, 7, 7), (352, 384, 3, 3), {"padding": 1}),  # half empty tiles, but a heavy weight
         (False, "contiguous", (16, 32, 7, 7), (32, 32, 3, 3), {"padding": 1}),  # y and dx are the library's
         (
             False,

@@ -229,7 +229,8 @@ std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, 
   if (needs_input && p.winograd) dx = grad_input_winograd(dy, weight, x.sizes(), g, p.large_tiles());
   if (needs_weight && p.weight_winograd) {
     const auto last = Format::ChannelsLast;
-    dw = grad_weight_winograd(to_format(dy, last), to_format(x, last), weight.sizes(), g);
+    dw = grad_weight_winograd(to_format(dy, last), to_format(x, last), weight.sizes(), g,
+                              weight.suggest_memory_format());
   }
   return {needs_input ? to_format(dx, p.given) : dx,
           needs_weight && !p.weight_rows ? to_format(dw, weight.suggest_memory_format()) : dw};

@@ -10,12 +10,12 @@ namespace convbn {
 bool suits_winograd(at::IntArrayRef input_sizes, at::IntArrayRef weight_sizes, const ConvGeometry& geometry,
                     bool large);
 
-// Arguments (the weight in any format) and results are float32 on the CPU, channels_last.
+// Arguments (the weight in any format) and results are float32 on the CPU, channels_last; dw in the format wanted.
 at::Tensor convolve_winograd(const at::Tensor& input, const at::Tensor& weight, const ConvGeometry& geometry,
                              bool large);
 at::Tensor grad_input_winograd(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_sizes,
                                const ConvGeometry& geometry, bool large);
 at::Tensor grad_weight_winograd(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_sizes,
-                                const ConvGeometry& geometry);
+                                const ConvGeometry& geometry, at::MemoryFormat format);
 
 }  // namespace convbn

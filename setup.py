@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
 try:
@@ -28,6 +29,9 @@ except ModuleNotFoundError as error:
         "  2. build against it:                         pip install --no-build-isolation .\n"
         "pip's build isolation hides an installed torch, so --no-build-isolation is needed in any case."
     )
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones refuse pyproject.toml with pages of schema
+    sys.exit(f"convbn_ext: needs setuptools >= 77, found {setuptools.__version__}: pip install -U setuptools")
 
 ROOT = Path(__file__).parent.resolve()
 DEBUG = os.environ.get("DEBUG", "0") == "1"

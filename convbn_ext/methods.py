@@ -43,7 +43,7 @@ class Outcome:
             like.new_full((B, n), math.nan),
             [status] * B,
             torch.zeros(B, dtype=torch.long, device="cpu"),
-            [like.new_empty(0)] * B,
+            [torch.empty(0, dtype=like.dtype, device="cpu")] * B,
         )
 
     def put(self, rows: Tensor, part: Outcome) -> None:

@@ -10,34 +10,63 @@
 
 namespace convbn {
 
-// The parameters of a pack's lanes: one channel per lane, or one for all.
-template <bool per_lane, class Parameters>
-struct Lanes {
-  const Parameters* parameters;
-  __device__ __forceinline__ const Parameters& operator()(int lane) const { return parameters[per_lane ? lane : 0]; }
-};
-
-// Calls body(Lanes, offset, count) for every pack of the matrix; make(channel) gives the Parameters.
-template <bool channels_last, int V, class Parameters, class Make, class Body>
-__device__ __forceinline__ void for_each_pack(const Matrix& m, Make make, Body body) {
-  const int x = (blockIdx.x * blockDim.x + threadIdx.x) * V, step_x = gridDim.x * blockDim.x * V;
-  const int64_t y = int64_t{blockIdx.y} * blockDim.y + threadIdx.y, step_y = int64_t{gridDim.y} * blockDim.y;
-  if constexpr (channels_last) {
-    for (int column = x; column < m.width; column += step_x) {
-      Parameters parameters[V];
+// `packs` whole packs at the offsets that next() gives: `together` of them are loaded before the first is used, so that
+// their latencies pass at once.
+template <int together, class Next, class Load, class Use>
+__device__ __forceinline__ void walk(int64_t packs, Next next, Load load, Use use) {
+  for (; packs > 0; packs -= together) {
+    int64_t offset[together];
+    decltype(load(int64_t{})) loaded[together] = {};
 #pragma unroll
-      for (int l = 0; l < V; ++l) parameters[l] = make((column + l) % m.channels);
-      for (int64_t row = y; row < m.rows; row += step_y) {
-        const int64_t offset = row * m.width + column;
-        if (offset < m.size) body(Lanes<true, Parameters>{parameters}, offset, pack_count<V>(m, offset));
-      }
+    for (int u = 0; u < together; ++u) {
+      offset[u] = next();
+      if (u < packs) loaded[u] = load(offset[u]);
     }
+#pragma unroll
+    for (int u = 0; u < together; ++u) {
+      if (u < packs) use(offset[u], loaded[u]);
+    }
+  }
+}
+
+// The rows of channels_last at column `first` that a thread takes: y, y + step, … Calls whole(packs, next) for those
+// that are full, and cut(offset) for the last one where it is cut short.
+template <class Whole, class Cut>
+__device__ __forceinline__ void walk_rows(const Matrix& m, int first, int64_t y, int64_t step, Whole whole, Cut cut) {
+  const int64_t rows = m.size / m.width, rest = rows * m.width + first;
+  int64_t offset = y * m.width + first - step * m.width;
+  whole(y < rows ? (rows - y + step - 1) / step : 0, [&] { return offset += step * m.width; });
+  if (rest < m.size && rows % step == y) cut(rest);
+}
+
+// load(offset, count) and store(lanes, offset, count, loaded) for every pack of the matrix; make(channel) gives the
+// Parameters.
+template <bool channels_last, int V, int together, class Parameters, class Make, class Load, class Store>
+__device__ __forceinline__ void for_each_pack(const Matrix& m, Make make, Load load, Store store) {
+  const int64_t y = int64_t{blockIdx.y} * blockDim.y + threadIdx.y, step_y = int64_t{gridDim.y} * blockDim.y;
+  const auto load_whole = [&](int64_t offset) { return load(offset, V); };
+  if constexpr (channels_last) {
+    const int first = blockIdx.x * blockDim.x * V, column = first + threadIdx.x * V;
+    const auto lanes = lanes_of_columns<V, Parameters>(m, first, make);
+    if (column >= m.width) return;
+    walk_rows(
+        m, column, y, step_y,
+        [&](int64_t packs, auto next) {
+          walk<together>(packs, next, load_whole,
+                         [&](int64_t offset, const auto& loaded) { store(lanes, offset, V, loaded); });
+        },
+        [&](int64_t offset) {
+          const int count = pack_count<V>(m, offset);
+          store(lanes, offset, count, load(offset, count));
+        });
   } else {
+    const int x = blockIdx.x * blockDim.x + threadIdx.x, step_x = gridDim.x * blockDim.x, packs = m.width / V;
+    if (x >= packs) return;
     for (int64_t row = y; row < m.rows; row += step_y) {
-      const Parameters parameters = make(static_cast<int>(row) % m.channels);
-      for (int column = x; column < m.width; column += step_x) {
-        body(Lanes<false, Parameters>{&parameters}, row * m.width + column, V);
-      }
+      const Lanes<1, Parameters> lanes{make(static_cast<int>(row) % m.channels)};
+      int64_t offset = row * m.width + int64_t{x - step_x} * V;
+      walk<together>((packs - x + step_x - 1) / step_x, [&] { return offset += step_x * V; }, load_whole,
+                     [&](int64_t offset, const auto& loaded) { store(lanes, offset, V, loaded); });
     }
   }
 }
@@ -48,44 +77,61 @@ __global__ void __launch_bounds__(kThreads, kResident<scalar_t>) bn_apply_kernel
   const auto* y = static_cast<const scalar_t*>(p.y);
   const auto* residual = static_cast<const scalar_t*>(p.residual);
   const acc slope = static_cast<acc>(p.slope);
-  for_each_pack<channels_last, V, Affine<acc>>(
+  struct Loaded {
+    Pack<scalar_t, V> y, residual;
+  };
+  for_each_pack<channels_last, V, 4, Affine<acc>>(
       m, [&](int c) { return Affine<acc>(p, c); },
-      [&](auto bn, int64_t offset, int count) {
+      [&](int64_t offset, int count) {
+        Loaded loaded{};
+        loaded.y = read_pack<V>(y + offset, count);
+        if (residual) loaded.residual = read_pack<V>(residual + offset, count);
+        return loaded;
+      },
+      [&](const auto& bn, int64_t offset, int count, const Loaded& loaded) {
         acc v[V], r[V] = {};
-        load_pack<V>(y + offset, count, v);
-        if (residual) load_pack<V>(residual + offset, count, r);
+        unpack<V>(loaded.y, v);
+        if (residual) unpack<V>(loaded.residual, r);
 #pragma unroll
         for (int l = 0; l < V; ++l) v[l] = Act::value((v[l] - bn(l).mean) * bn(l).scale + bn(l).bias + r[l], slope);
         store_pack<V>(out + offset, count, v);
       });
 }
 
-// d = y − μ (rounded) and g = grad·act′(v) of one pack.
-template <class Act, typename scalar_t, int V, class Bn>
-__device__ __forceinline__ void masked_gradient(const BnProblem& p, Bn bn, int64_t offset, int count,
-                                                acc_t<scalar_t> (&d)[V], acc_t<scalar_t> (&g)[V]) {
+// y, grad and what tells the activation's sign, of one pack; d = y − μ (rounded) and g = grad·act′(v) made of them.
+template <class Act, typename scalar_t, int V>
+struct Gradient {
   using acc = acc_t<scalar_t>;
-  const auto* out = static_cast<const scalar_t*>(p.out);
-  const auto* residual = static_cast<const scalar_t*>(p.residual);
-  const acc slope = static_cast<acc>(p.slope);
-  load_pack<V>(static_cast<const scalar_t*>(p.y) + offset, count, d);
-  load_pack<V>(static_cast<const scalar_t*>(p.grad) + offset, count, g);
-  constexpr bool needs_value = !std::is_same_v<Act, Identity>;
-  acc v[V] = {};
-  if (needs_value && out) {
-    load_pack<V>(out + offset, count, v);
-  } else if (needs_value && residual) {
-    load_pack<V>(residual + offset, count, v);
+  static constexpr bool kNeedsValue = !std::is_same_v<Act, Identity>;
+  Pack<scalar_t, V> y, grad, more;
+
+  static __device__ __forceinline__ Gradient load(const BnProblem& p, int64_t offset, int count) {
+    Gradient loaded{};
+    loaded.y = read_pack<V>(static_cast<const scalar_t*>(p.y) + offset, count);
+    loaded.grad = read_pack<V>(static_cast<const scalar_t*>(p.grad) + offset, count);
+    const auto* more = static_cast<const scalar_t*>(p.out ? p.out : p.residual);
+    if (kNeedsValue && more) loaded.more = read_pack<V>(more + offset, count);
+    return loaded;
   }
+
+  template <class Lanes>
+  __device__ __forceinline__ void masked(const BnProblem& p, const Lanes& bn, acc (&d)[V], acc (&g)[V]) const {
+    const acc slope = static_cast<acc>(p.slope);
+    acc v[V] = {};
+    unpack<V>(y, d);
+    unpack<V>(grad, g);
+    if (kNeedsValue && (p.out || p.residual)) unpack<V>(more, v);
 #pragma unroll
-  for (int l = 0; l < V; ++l) {
-    d[l] -= bn(l).mean;
-    if (needs_value) g[l] = Act::gradient(out ? v[l] : d[l] * bn(l).scale + bn(l).bias + v[l], g[l], slope);
+    for (int l = 0; l < V; ++l) {
+      d[l] -= bn(l).mean;
+      if (kNeedsValue) g[l] = Act::gradient(p.out ? v[l] : d[l] * bn(l).scale + bn(l).bias + v[l], g[l], slope);
+    }
   }
-}
+};
 
 template <typename acc>
 struct BackwardAffine : Affine<acc> {
+  static constexpr int kFields = 6;
   acc a, b, c;
 
   BackwardAffine() = default;
@@ -96,6 +142,9 @@ struct BackwardAffine : Affine<acc> {
     b = static_cast<acc>(b_[channel]);
     c = static_cast<acc>(c_[channel] + b_[channel] * (this->mean - p.mean[channel]));
   }
+  __device__ __forceinline__ acc& field(int i) {
+    return i < Affine<acc>::kFields ? Affine<acc>::field(i) : i == 3 ? a : i == 4 ? b : c;
+  }
 };
 
 template <bool channels_last, class Act, typename scalar_t, int V>
@@ -103,11 +152,13 @@ __global__ void __launch_bounds__(kThreads, kResident<scalar_t>)
     bn_backward_apply_kernel(BnProblem p, Matrix m, const double* a, const double* b, const double* c, scalar_t* grad_y,
                              scalar_t* grad_residual) {
   using acc = acc_t<scalar_t>;
-  for_each_pack<channels_last, V, BackwardAffine<acc>>(
+  using Loaded = Gradient<Act, scalar_t, V>;
+  for_each_pack<channels_last, V, 1, BackwardAffine<acc>>(
       m, [&](int channel) { return BackwardAffine<acc>(p, a, b, c, channel); },
-      [&](auto bn, int64_t offset, int count) {
+      [&](int64_t offset, int count) { return Loaded::load(p, offset, count); },
+      [&](const auto& bn, int64_t offset, int count, const Loaded& loaded) {
         acc d[V], g[V];
-        masked_gradient<Act, scalar_t, V>(p, bn, offset, count, d, g);
+        loaded.masked(p, bn, d, g);
         if (grad_residual) store_pack<V>(grad_residual + offset, count, g);
         if (!grad_y) return;
 #pragma unroll
@@ -123,12 +174,21 @@ __global__ void __launch_bounds__(kThreads, kResident<scalar_t>) bn_invert_kerne
   const auto* out = static_cast<const scalar_t*>(p.out);
   const auto* residual = static_cast<const scalar_t*>(p.residual);
   const acc inverse_slope = static_cast<acc>(1 / p.slope);
-  for_each_pack<channels_last, V, Affine<acc>>(
+  struct Loaded {
+    Pack<scalar_t, V> out, residual;
+  };
+  for_each_pack<channels_last, V, 2, Affine<acc>>(
       m, [&](int c) { return Affine<acc>(p, c); },
-      [&](auto bn, int64_t offset, int count) {
+      [&](int64_t offset, int count) {
+        Loaded loaded{};
+        loaded.out = read_pack<V>(out + offset, count);
+        if (residual) loaded.residual = read_pack<V>(residual + offset, count);
+        return loaded;
+      },
+      [&](const auto& bn, int64_t offset, int count, const Loaded& loaded) {
         acc v[V], r[V] = {};
-        load_pack<V>(out + offset, count, v);
-        if (residual) load_pack<V>(residual + offset, count, r);
+        unpack<V>(loaded.out, v);
+        if (residual) unpack<V>(loaded.residual, r);
 #pragma unroll
         for (int l = 0; l < V; ++l) {
           v[l] = ((v[l] > 0 ? v[l] : v[l] * inverse_slope) - r[l] - bn(l).bias) / bn(l).scale + bn(l).mean;

@@ -23,9 +23,11 @@ void with_layout(bool channels_last, F f) {
 
 constexpr int64_t kMaxGridY = 65535;
 
-inline dim3 elementwise_grid(const Matrix& m, int V) {
-  const int64_t x = ceil_div(m.packs(V), m.threads_x);
-  const int64_t y = ceil_div(m.rows, m.threads_y * kRowsPerThread);
+// A thread takes several packs of one column, or contiguous of one row, and of several rows where these are short.
+inline dim3 elementwise_grid(const Matrix& m, bool channels_last, int V) {
+  const int64_t packs = std::max(kPacksPerThread, ceil_div(m.rows * m.packs(V), kThreads * kElementwiseBlocks));
+  const int64_t across = ceil_div(m.packs(V), m.threads_x), x = channels_last ? across : ceil_div(across, packs);
+  const int64_t y = ceil_div(m.rows, m.threads_y * ceil_div(packs, ceil_div(across, x)));
   return dim3(x, std::min(y, kMaxGridY));
 }
 
@@ -35,8 +37,9 @@ void elementwise(const BnProblem& p, std::initializer_list<const void*> more, La
   with_scalar(p.scalar, [&]<typename scalar_t>(scalar_t) {
     with_pack<scalar_t>(pack_size(p, kPack<scalar_t>, more), [&](auto V) {
       with_layout(p.channels_last, [&](auto channels_last) {
-        const Matrix m = matrix_of(p, V, p.channels_last ? kWarp : kThreads);
-        launch(channels_last, scalar_t{}, V, m, elementwise_grid(m, V), dim3(m.threads_x, m.threads_y));
+        const Matrix m = matrix_of(p, V);
+        const dim3 grid = elementwise_grid(m, p.channels_last, V);
+        launch(channels_last, scalar_t{}, V, m, grid, dim3(m.threads_x, m.threads_y));
       });
     });
   });
@@ -49,7 +52,7 @@ struct ReduceGrid {
     columns = channels_last ? m.width : m.channels;
     blocks = channels_last ? (m.packs(V) + m.threads_x - 1) / m.threads_x : m.channels;
     const int64_t rows = channels_last ? m.rows : m.rows / m.channels * m.packs(V);
-    const int64_t rows_per_block = (channels_last ? m.threads_y : kThreads) * kRowsPerThread;
+    const int64_t rows_per_block = (channels_last ? m.threads_y : kThreads) * kPacksPerThread;
     parts = static_cast<int>(std::clamp<int64_t>(ceil_div(rows, rows_per_block), 1, ceil_div(kBlocks, blocks)));
   }
 };
@@ -59,7 +62,7 @@ void reduction(const BnProblem& p, Launch launch) {
   with_scalar(p.scalar, [&]<typename scalar_t>(scalar_t) {
     with_pack<scalar_t>(pack_size(p, kPack<scalar_t>), [&](auto V) {
       with_layout(p.channels_last, [&](auto channels_last) {
-        const Matrix m = matrix_of(p, V, kWarp);
+        const Matrix m = matrix_of(p, V);
         const ReduceGrid grid(m, p.channels_last, V);
         const dim3 block = p.channels_last ? dim3(m.threads_x, m.threads_y) : dim3(kThreads);
         const int per_thread = p.channels_last ? V : 1;  // results in shared memory

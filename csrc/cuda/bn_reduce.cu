@@ -6,19 +6,12 @@ namespace convbn {
 
 namespace {
 
-constexpr int kChannelsPerBlock = 4;  // of the finishing kernels, a warp each
-
-dim3 finish_grid(int channels) { return dim3(ceil_div(channels, kChannelsPerBlock)); }
-const dim3 finish_block(kWarp, kChannelsPerBlock);
-
 __global__ void bn_finish_statistics_kernel(const double* __restrict__ partial, int channels, int stacked, int parts,
                                             double* __restrict__ mean, double* __restrict__ var) {
-  const int channel = blockIdx.x * blockDim.y + threadIdx.y;
-  if (channel >= channels) return;
-  const auto moments = merge_partials<Moments>(partial, channel, channels, stacked, parts);
+  const auto moments = unite_partials<Moments>(partial, channels, stacked, parts);
   if (threadIdx.x) return;
-  mean[channel] = moments.mean;
-  var[channel] = moments.m2 / moments.count;
+  mean[blockIdx.x] = moments.mean;
+  var[blockIdx.x] = moments.m2 / moments.count;
 }
 
 }  // namespace
@@ -35,9 +28,9 @@ void launch_bn_statistics(const BnProblem& p, double* scratch, double* mean, dou
   reduction(p, [&]<typename scalar_t>(auto channels_last, scalar_t, auto V, const Matrix& m, const ReduceGrid& g,
                                       dim3 grid, dim3 block, int per_thread) {
     CONVBN_LAUNCH((bn_statistics_kernel<channels_last, scalar_t, V>), grid, block,
-                  kThreads * per_thread * sizeof(Moments), stream, p, m, scratch);
-    CONVBN_LAUNCH(bn_finish_statistics_kernel, finish_grid(m.channels), finish_block, 0, stream, scratch, m.channels,
-                  m.stacked, g.parts, mean, var);
+                  kThreads / 2 * per_thread * sizeof(MomentSums), stream, p, m, scratch);
+    CONVBN_LAUNCH(bn_finish_statistics_kernel, m.channels, kFinishThreads, 0, stream, scratch, m.channels, m.stacked,
+                  g.parts, mean, var);
   });
 }
 
@@ -47,10 +40,10 @@ void launch_bn_backward_reduce(const BnProblem& p, double* scratch, double* sum_
                                       dim3 grid, dim3 block, int per_thread) {
     with_activation(p.activation, [&]<class Act>(Act) {
       CONVBN_LAUNCH((bn_backward_reduce_kernel<channels_last, Act, scalar_t, V>), grid, block,
-                    kThreads * per_thread * sizeof(Sums), stream, p, m, scratch);
+                    kThreads / 2 * per_thread * sizeof(Sums), stream, p, m, scratch);
     });
-    CONVBN_LAUNCH(bn_finish_backward_kernel<acc_t<scalar_t>>, finish_grid(m.channels), finish_block, 0, stream, scratch,
-                  p.mean, m.channels, m.stacked, g.parts, sum_g, sum_gd);
+    CONVBN_LAUNCH(bn_finish_backward_kernel<acc_t<scalar_t>>, m.channels, kFinishThreads, 0, stream, scratch, p.mean,
+                  m.channels, m.stacked, g.parts, sum_g, sum_gd);
   });
 }
 

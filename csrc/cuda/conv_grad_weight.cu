@@ -8,15 +8,13 @@ namespace {
 
 constexpr int64_t kWantedBlocks = 512;  // fills the largest cards about twice; fixed, so that sums are
 constexpr int64_t kSplitUnit = 512;     // pixels; fewer are not worth a partial result
-constexpr int kChannelsPerBlock = 4;    // of the finishing kernel, a warp each
 
-// Σg and Σg·(y − μ) as bn_finish_backward gives them, and mean(g − g'). A warp per channel.
+// Σg and Σg·(y − μ) as bn_finish_backward gives them, and mean(g − g'). A block per channel.
 __global__ void conv_finish_sums_kernel(GradWeightPartial partial, const double* __restrict__ mean,
                                         const float* __restrict__ guess, int64_t pixels, double* __restrict__ sum_g,
                                         double* __restrict__ sum_gd, double* __restrict__ taken) {
-  const int channel = blockIdx.x * blockDim.y + threadIdx.y;
-  if (channel >= partial.channels) return;
-  const auto sums = merge_partials<GradientSums>(partial.sums, channel, partial.channels, 1, partial.splits);
+  const int channel = blockIdx.x;
+  const auto sums = unite_partials<GradientSums>(partial.sums, partial.channels, 1, partial.splits);
   if (threadIdx.x) return;
   sum_g[channel] = sums.g;
   sum_gd[channel] = sums.gd + (static_cast<float>(mean[channel]) - mean[channel]) * sums.g;
@@ -115,9 +113,9 @@ void launch_conv_grad_weight(const ConvProblem& p, const BnProblem& bn, const fl
     const auto launch = p.depthwise() ? launch_depthwise<scalar_t> : launch_gemm<scalar_t>;
     launch(p, gradient, input, chunk, scratch, stream);
   });
-  CONVBN_LAUNCH(conv_finish_sums_kernel, tiles_of(p.out_channels, kChannelsPerBlock), dim3(kWarp, kChannelsPerBlock), 0,
-                stream, scratch, bn.mean, p.scalar == Scalar::f32 ? table + 3 * bn.channels : nullptr,
-                gather_input(p).pixels, sum_g, sum_gd, scratch.taken);
+  CONVBN_LAUNCH(conv_finish_sums_kernel, p.out_channels, kFinishThreads, 0, stream, scratch, bn.mean,
+                p.scalar == Scalar::f32 ? table + 3 * bn.channels : nullptr, gather_input(p).pixels, sum_g, sum_gd,
+                scratch.taken);
 }
 
 void launch_conv_combine_weight(const ConvProblem& p, const BnProblem& bn, const double* a, const double* b,

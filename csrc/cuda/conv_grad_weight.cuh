@@ -19,10 +19,6 @@ struct GradientSums : Sums {
   static constexpr int kFields = 3;
   double lost = 0;  // Σ(g − s − g')
 
-  __device__ __forceinline__ void merge(const GradientSums& other) {
-    Sums::merge(other);
-    lost += other.lost;
-  }
   __device__ __forceinline__ double& field(int i) { return i < Sums::kFields ? Sums::field(i) : lost; }
 };
 

@@ -1,5 +1,6 @@
 #include <ATen/Context.h>
 
+#include <array>
 #include <cstdlib>
 #include <limits>
 
@@ -50,10 +51,13 @@ ConvProblem problem_of(const Tensor& input, const Tensor& weight, const ConvGeom
   return p;
 }
 
+// The axes (K, C, R, S) of a weight in the order in which the kernels read and write it.
+std::array<int64_t, 4> weight_order(const ConvProblem& p) {
+  return p.depthwise() ? std::array<int64_t, 4>{2, 3, 0, 1} : std::array<int64_t, 4>{0, 2, 3, 1};
+}
+
 Tensor forward_weight(const ConvProblem& p, const Tensor& weight) {
-  return as_image(weight)
-      .permute(p.depthwise() ? at::IntArrayRef{2, 3, 0, 1} : at::IntArrayRef{0, 2, 3, 1})
-      .contiguous();
+  return as_image(weight).permute(weight_order(p)).contiguous();
 }
 Tensor adjoint_weight(const ConvProblem& p, const Tensor& weight) {
   if (p.depthwise()) return forward_weight(p, weight);
@@ -173,13 +177,12 @@ std::tuple<Tensor, Tensor> implicit_gemm_backward(const BnBackward& bn, const Te
                         : in_format_of(dx, input, input.sizes());
   }
   if (products.defined()) {
-    const auto order = p.depthwise() ? at::IntArrayRef{2, 3, 0, 1} : at::IntArrayRef{0, 2, 3, 1};
-    const Tensor dw = at::empty_like(as_image(weight).permute(order), at::MemoryFormat::Contiguous);
+    const Tensor dw = at::empty_like(as_image(weight).permute(weight_order(p)), at::MemoryFormat::Contiguous);
     launch_conv_combine_weight(p, launch.problem, as, bs, cs, products.mutable_data_ptr<double>(), mutable_data(dw),
                                launch.stream);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-    grad_weight = in_format_of(dw.permute(p.depthwise() ? at::IntArrayRef{2, 3, 0, 1} : at::IntArrayRef{0, 3, 1, 2}),
-                               weight, weight.sizes());
+    const auto back = p.depthwise() ? std::array<int64_t, 4>{2, 3, 0, 1} : std::array<int64_t, 4>{0, 3, 1, 2};
+    grad_weight = in_format_of(dw.permute(back), weight, weight.sizes());
   }
   return {grad_input, grad_weight};
 }

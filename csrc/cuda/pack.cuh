@@ -41,17 +41,25 @@ struct alignas(V * sizeof(scalar_t)) Pack {
   scalar_t value[V];
 };
 
-// x[l] = p[l] for l < count; a whole pack is one access, a part of one goes scalar by scalar, the rest of x is zero.
+// p[0 … count): a whole pack is one access, a part of one goes scalar by scalar, behind it are zeros.
+template <int V, typename scalar_t>
+__device__ __forceinline__ Pack<scalar_t, V> read_pack(const scalar_t* p, int count) {
+  if (count >= V) return *reinterpret_cast<const Pack<scalar_t, V>*>(p);
+  Pack<scalar_t, V> pack;
+#pragma unroll
+  for (int l = 0; l < V; ++l) pack.value[l] = l < count ? p[l] : from_acc<scalar_t>(acc_t<scalar_t>(0));
+  return pack;
+}
+
+template <int V, typename scalar_t>
+__device__ __forceinline__ void unpack(const Pack<scalar_t, V>& pack, acc_t<scalar_t> (&x)[V]) {
+#pragma unroll
+  for (int l = 0; l < V; ++l) x[l] = to_acc(pack.value[l]);
+}
+
 template <int V, typename scalar_t>
 __device__ __forceinline__ void load_pack(const scalar_t* p, int count, acc_t<scalar_t> (&x)[V]) {
-  if (count >= V) {
-    const auto pack = *reinterpret_cast<const Pack<scalar_t, V>*>(p);
-#pragma unroll
-    for (int l = 0; l < V; ++l) x[l] = to_acc(pack.value[l]);
-  } else {
-#pragma unroll
-    for (int l = 0; l < V; ++l) x[l] = l < count ? to_acc(p[l]) : acc_t<scalar_t>(0);
-  }
+  unpack<V>(read_pack<V>(p, count), x);
 }
 
 template <int V, typename scalar_t>

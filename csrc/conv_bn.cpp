@@ -1,6 +1,7 @@
 #include "conv_bn.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <cmath>
 
@@ -158,8 +159,9 @@ Tensor bn_scale(const Tensor& var, const OptionalTensor& bn_weight, double eps) 
     const auto variance = to_vector(var), gamma = vector_or(bn_weight, var.numel(), 1);
     return channelwise(var.numel(), [&](int64_t c) { return gamma[c] / std::sqrt(variance[c] + eps); });
   }
-  const Tensor invstd = at::rsqrt(var + eps);
-  return bn_weight ? invstd * *bn_weight : invstd;
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("convbn_ext::bn_scale", "").typed<decltype(bn_scale)>();
+  return op.call(var, bn_weight, eps);
 }
 
 Tensor bn_shift(const Tensor& mean, const OptionalTensor& bn_bias) {
@@ -188,9 +190,12 @@ BnParameterGradients bn_parameter_gradients(const Tensor& sum_g, const Tensor& s
             channelwise(n, [&](int64_t c) { return -s[c] * gd[c] / ((variance[c] + eps) * count); }),
             channelwise(n, [&](int64_t c) { return -s[c] * g[c] / count; })};
   }
-  const Tensor invstd = at::rsqrt(var + eps);
-  return {(sum_gd * invstd).to(weight_type), sum_g.to(bias_type), scale * invstd * invstd * sum_gd * (-1 / count),
-          scale * sum_g * (-1 / count)};
+  using Op = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                        double, double, at::ScalarType, at::ScalarType);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("convbn_ext::bn_parameter_gradients", "").typed<Op>();
+  auto [weight, bias, b, c] = op.call(sum_g, sum_gd, scale, var, eps, count, weight_type, bias_type);
+  return {weight, bias, b, c};
 }
 
 Tensor like_layout(const Tensor& tensor, const Tensor& y) {

@@ -48,6 +48,14 @@ TORCH_LIBRARY(convbn_ext, m) {
   m.def(
       "bn_backward_apply(Tensor grad, Tensor y, Tensor mean, Tensor scale, Tensor bias, Tensor? residual, "
       "str activation, float slope, Tensor a, Tensor b, Tensor c) -> (Tensor grad_y, Tensor grad_residual)");
+  // per channel, on devices where a launch costs more than the arithmetic (conv_bn.cpp, running_statistics.cpp)
+  m.def("bn_scale(Tensor var, Tensor? bn_weight, float eps) -> Tensor");
+  m.def(
+      "bn_parameter_gradients(Tensor sum_g, Tensor sum_gd, Tensor scale, Tensor var, float eps, float count, "
+      "ScalarType weight_type, ScalarType bias_type) -> (Tensor grad_weight, Tensor grad_bias, Tensor b, Tensor c)");
+  m.def(
+      "bn_move_running(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+      "Tensor mean, Tensor var, Tensor? bias, float unbiased, float momentum) -> ()");
   // krylov.h
   m.def("krylov_orthonormalize(Tensor(a!)[] V, Tensor rows, int k, Tensor w) -> Tensor");
   m.def("krylov_combine(Tensor[] V, Tensor rows, Tensor y) -> Tensor");

@@ -1,7 +1,11 @@
 // A batch normalisation's buffers after a training step, in place: one small loop instead of a dozen tensor operations.
 #include <ATen/Dispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <initializer_list>
 
 #include "conv_bn.h"
 
@@ -32,6 +36,14 @@ void move_running(const Tensor& running, const Tensor& batch, double factor, con
   running.unsafeGetTensorImpl()->bump_version();
 }
 
+// Whether everything lies on mean's GPU, dense.
+bool in_one_launch(std::initializer_list<OptionalTensor> tensors, const OptionalTensor& num_batches_tracked,
+                   const Tensor& mean) {
+  return mean.is_cuda() && (!num_batches_tracked || num_batches_tracked->scalar_type() == at::kLong) &&
+         std::all_of(tensors.begin(), tensors.end(),
+                     [&](const auto& t) { return !t || (t->device() == mean.device() && t->is_contiguous()); });
+}
+
 // Batch statistics into running ones: the variance unbiased, the convolution's bias back in the mean; one batch more.
 // A forward pass inside a backward pass is a checkpoint's second one: the statistics have moved already.
 void update_running_statistics(const OptionalTensor& running_mean, const OptionalTensor& running_var,
@@ -39,6 +51,16 @@ void update_running_statistics(const OptionalTensor& running_mean, const Optiona
                                const OptionalTensor& bias, int64_t count, double momentum) {
   if (torch::autograd::get_current_graph_task_id() != -1) return;
   const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
+  if (in_one_launch({running_mean, running_var, num_batches_tracked, bias}, num_batches_tracked, mean)) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("convbn_ext::bn_move_running", "")
+                               .typed<void(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                           const Tensor&, const Tensor&, const OptionalTensor&, double, double)>();
+    op.call(running_mean, running_var, num_batches_tracked, mean, var, bias, unbiased, momentum);
+    for (const auto& moved : {running_mean, running_var, num_batches_tracked})
+      if (moved) moved->unsafeGetTensorImpl()->bump_version();
+    return;
+  }
   if (running_mean) move_running(*running_mean, mean, 1.0, bias, momentum);
   if (running_var) move_running(*running_var, var, unbiased, std::nullopt, momentum);
   if (!num_batches_tracked) return;

@@ -41,4 +41,23 @@ void launch_bn_backward_apply(const BnProblem& problem, const double* a, const d
                               void* grad_residual, CUstream_st* stream);
 void launch_bn_invert(const BnProblem& problem, void* y, CUstream_st* stream);
 
+// What is computed per channel (bn_channels.cu). A vector (C,) of any type; without data it is not wanted, or its default.
+struct ChannelVector {
+  const void* data = nullptr;
+  Scalar scalar = Scalar::f32;
+};
+struct MutableChannelVector {
+  void* data = nullptr;
+  Scalar scalar = Scalar::f32;
+};
+
+void launch_bn_scale(int channels, const double* var, ChannelVector weight, double eps, double* scale,
+                     CUstream_st* stream);
+void launch_bn_parameter_gradients(int channels, const double* sum_g, const double* sum_gd, const double* scale,
+                                   const double* var, double eps, double count, MutableChannelVector grad_weight,
+                                   MutableChannelVector grad_bias, double* b, double* c, CUstream_st* stream);
+void launch_bn_move_running(int channels, const double* mean, const double* var, double unbiased, ChannelVector bias,
+                            double momentum, MutableChannelVector running_mean, MutableChannelVector running_var,
+                            int64_t* batches, CUstream_st* stream);
+
 }  // namespace convbn

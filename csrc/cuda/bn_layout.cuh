@@ -116,7 +116,7 @@ __device__ __forceinline__ Lanes<V, Parameters> lanes_of_columns(const Matrix& m
 
 // f(scalar_t{}) for the scalar named at run time.
 template <class F>
-void with_scalar(Scalar scalar, F f) {
+__host__ __device__ void with_scalar(Scalar scalar, F f) {
   switch (scalar) {
     case Scalar::f64:
       return f(double{});

@@ -34,7 +34,8 @@ struct Launch {
   BnProblem problem;
   at::Tensor mean, scale, bias;
 
-  explicit Launch(const at::Tensor& y) : guard(y.device()), stream(at::cuda::getCurrentCUDAStream()) {
+  explicit Launch(at::Device device) : guard(device), stream(at::cuda::getCurrentCUDAStream()) {}
+  explicit Launch(const at::Tensor& y) : Launch(y.device()) {
     problem.scalar = scalar_of(y);
     const int64_t samples = y.size(0), channels = y.size(1), values = y.numel() / std::max<int64_t>(1, channels);
     problem.channels_last = values == samples || channels == 1 || !y.is_contiguous();

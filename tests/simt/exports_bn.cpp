@@ -45,3 +45,24 @@ SIMT_API void bn_backward_apply(BN_PARAMETERS, const double* a, const double* b,
   convbn::launch_bn_backward_apply(BN_PROBLEM, a, b, c, grad_y, grad_residual, nullptr);
 }
 SIMT_API void bn_invert(BN_PARAMETERS, void* result) { convbn::launch_bn_invert(BN_PROBLEM, result, nullptr); }
+
+// Vectors as (pointer, scalar).
+SIMT_API void bn_scale(int64_t channels, const double* var, const void* weight, int64_t weight_scalar, double eps,
+                       double* scale) {
+  convbn::launch_bn_scale(static_cast<int>(channels), var, {weight, static_cast<convbn::Scalar>(weight_scalar)}, eps,
+                          scale, nullptr);
+}
+SIMT_API void bn_parameter_gradients(int64_t channels, const double* sum_g, const double* sum_gd, const double* scale,
+                                     const double* var, double eps, double count, void* grad_weight, void* grad_bias,
+                                     int64_t scalar, double* b, double* c) {
+  const auto s = static_cast<convbn::Scalar>(scalar);
+  convbn::launch_bn_parameter_gradients(static_cast<int>(channels), sum_g, sum_gd, scale, var, eps, count,
+                                        {grad_weight, s}, {grad_bias, s}, b, c, nullptr);
+}
+SIMT_API void bn_move_running(int64_t channels, const double* mean, const double* var, double unbiased,
+                              const void* bias, double momentum, void* running_mean, void* running_var, int64_t scalar,
+                              int64_t* batches) {
+  const auto s = static_cast<convbn::Scalar>(scalar);
+  convbn::launch_bn_move_running(static_cast<int>(channels), mean, var, unbiased, {bias, s}, momentum,
+                                 {running_mean, s}, {running_var, s}, batches, nullptr);
+}

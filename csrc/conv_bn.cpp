@@ -154,22 +154,17 @@ std::tuple<Tensor, Tensor> frozen_statistics(const Tensor& running_mean, const T
   return {bias ? mean - *bias : mean, running_var.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true)};
 }
 
-Tensor bn_scale(const Tensor& var, const OptionalTensor& bn_weight, double eps) {
+std::tuple<Tensor, Tensor> bn_affine(const Tensor& var, const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                                     double eps) {
   if (var.is_cpu()) {
-    const auto variance = to_vector(var), gamma = vector_or(bn_weight, var.numel(), 1);
-    return channelwise(var.numel(), [&](int64_t c) { return gamma[c] / std::sqrt(variance[c] + eps); });
+    const int64_t n = var.numel();
+    const auto variance = to_vector(var), gamma = vector_or(bn_weight, n, 1), beta = vector_or(bn_bias, n, 0);
+    return {channelwise(n, [&](int64_t c) { return gamma[c] / std::sqrt(variance[c] + eps); }),
+            channelwise(n, [&](int64_t c) { return beta[c]; })};
   }
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("convbn_ext::bn_scale", "").typed<decltype(bn_scale)>();
-  return op.call(var, bn_weight, eps);
-}
-
-Tensor bn_shift(const Tensor& mean, const OptionalTensor& bn_bias) {
-  if (mean.is_cpu()) {
-    const auto beta = vector_or(bn_bias, mean.numel(), 0);
-    return channelwise(mean.numel(), [&](int64_t c) { return beta[c]; });
-  }
-  return bn_bias ? bn_bias->to(at::kDouble) : at::zeros_like(mean);
+      c10::Dispatcher::singleton().findSchemaOrThrow("convbn_ext::bn_affine", "").typed<decltype(bn_affine)>();
+  return op.call(var, bn_weight, bn_bias, eps);
 }
 
 Tensor folded_bias(const BnForward& bn, at::ScalarType type) {

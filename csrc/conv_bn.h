@@ -93,8 +93,9 @@ concept HasProducts = requires { &Kernels::backward_reduce_products; };
 // μ and σ² of running statistics; the bias moves μ.
 std::tuple<at::Tensor, at::Tensor> frozen_statistics(const at::Tensor& running_mean, const at::Tensor& running_var,
                                                      const OptionalTensor& bias);
-at::Tensor bn_scale(const at::Tensor& var, const OptionalTensor& bn_weight, double eps);
-at::Tensor bn_shift(const at::Tensor& mean, const OptionalTensor& bn_bias);
+// s = γ/√(σ² + ε) and β, in float64
+std::tuple<at::Tensor, at::Tensor> bn_affine(const at::Tensor& var, const OptionalTensor& bn_weight,
+                                             const OptionalTensor& bn_bias, double eps);
 at::Tensor folded_bias(const BnForward& bn, at::ScalarType type);  // β − s·μ, on the CPU
 // dγ, dβ and the coefficients of dy = s·g + b·(y − μ) + c with batch statistics over `count` values.
 struct BnParameterGradients {
@@ -168,8 +169,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_forward(
     std::tie(mean, var) = frozen_statistics(*running_mean, *running_var, bias);
   }
   bn.mean = mean;
-  bn.scale = bn_scale(var, bn_weight, eps);
-  bn.bias = bn_shift(mean, bn_bias);
+  std::tie(bn.scale, bn.bias) = bn_affine(var, bn_weight, bn_bias, eps);
   if (keep == Memory::invert) check_invertible(options, bn.scale);
   if (!training) {
     if constexpr (requires { Kernels::infer(input, weight, bn, residual, options); })
@@ -205,8 +205,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
   bn.activation = options.activation;
   bn.slope = slope;
   bn.mean = mean;
-  bn.scale = bn_scale(var, bn_weight, eps);
-  bn.bias = bn_shift(mean, bn_bias);
+  std::tie(bn.scale, bn.bias) = bn_affine(var, bn_weight, bn_bias, eps);
   switch (parse_memory(memory)) {
     case Memory::none:
       TORCH_CHECK_VALUE(false, "conv_bn_backward: memory must be save, chain, recompute or invert, got 'none'");
@@ -260,7 +259,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> conv_bn_b
   }
   if (needs_convolution || needs_residual) {
     at::Tensor &b = parameters.b, &c = parameters.c;
-    if (!training || !b.defined()) b = c = bn_shift(mean, std::nullopt);  // zeros
+    if (!training || !b.defined()) b = c = at::zeros_like(mean);
     if constexpr (HasConvolution<Kernels>) {
       if (own) {
         at::Tensor dx, dw;

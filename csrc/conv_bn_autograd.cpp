@@ -123,9 +123,8 @@ struct ConvBnBackward : torch::autograd::Node {
     static const auto op = find_operator<BnApplyOp>("convbn_ext::bn_apply");
     const std::lock_guard<std::mutex> lock(mutex_);
     const at::AutoDispatchBelowAutograd guard;
-    const Tensor mean_ = mean.unpack(), scale = bn_scale(var.unpack(), optional(bn_weight.unpack()), eps);
-    const Tensor result = op.call(y.unpack(), mean_, scale, bn_shift(mean_, optional(bn_bias.unpack())),
-                                  optional(residual.get()), activation, slope);
+    const auto [scale, shift] = bn_affine(var.unpack(), optional(bn_weight.unpack()), optional(bn_bias.unpack()), eps);
+    const Tensor result = op.call(y.unpack(), mean.unpack(), scale, shift, optional(residual.get()), activation, slope);
     if (at::GradMode::is_enabled()) torch::autograd::impl::set_gradient_edge(result, {getptr(), 0});
     return result;
   }

@@ -28,8 +28,8 @@ namespace {
 using at::Tensor;
 
 // One block of threads per system is worth it while a vector stays small (measured on an H100, cycles of 60 steps: at
-// 12 KB 1.5 to 3.8 times as fast as single verbs, at 24 KB 0.9 to 1.6, at 32 KB 0.4 to 0.6), and the small problem of 2048
-// steps still fits into the shared memory of every GPU from sm_80 on.
+// 12 KB 1.5 to 3.8 times as fast as single verbs, at 24 KB 0.9 to 1.6, at 32 KB 0.4 to 0.6), and the small problem of
+// 2048 steps still fits into the shared memory of every GPU from sm_80 on.
 constexpr int64_t kMostBytesPerBlock = 16 << 10, kMostStepsPerBlock = 2048;
 
 class DeviceGmres final : public RestartLoop {
@@ -40,7 +40,8 @@ class DeviceGmres final : public RestartLoop {
     TORCH_CHECK_VALUE(!options.flexible && !options.on_step, "gmres: flexible and on_step need the host's loop");
     const int64_t B = b.size(0), n = b.size(1);
     limit_restart(B * n * int64_t(c10::elementSize(dtype_) + 4));  // the triangle of n steps: 4 n per step
-    const bool small = n * int64_t(c10::elementSize(dtype_)) <= kMostBytesPerBlock && result_.restart <= kMostStepsPerBlock;
+    const bool small =
+        n * int64_t(c10::elementSize(dtype_)) <= kMostBytesPerBlock && result_.restart <= kMostStepsPerBlock;
     if (!M && small && krylov::has_cycle(b)) convolution_ = A.convolution();
     if (convolution_) {
       convolution_->weight = convolution_->weight.to(dtype_).contiguous();

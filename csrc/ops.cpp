@@ -49,7 +49,7 @@ TORCH_LIBRARY(convbn_ext, m) {
       "bn_backward_apply(Tensor grad, Tensor y, Tensor mean, Tensor scale, Tensor bias, Tensor? residual, "
       "str activation, float slope, Tensor a, Tensor b, Tensor c) -> (Tensor grad_y, Tensor grad_residual)");
   // per channel, on devices where a launch costs more than the arithmetic (conv_bn.cpp, running_statistics.cpp)
-  m.def("bn_scale(Tensor var, Tensor? bn_weight, float eps) -> Tensor");
+  m.def("bn_affine(Tensor var, Tensor? bn_weight, Tensor? bn_bias, float eps) -> (Tensor scale, Tensor shift)");
   m.def(
       "bn_parameter_gradients(Tensor sum_g, Tensor sum_gd, Tensor scale, Tensor var, float eps, float count, "
       "ScalarType weight_type, ScalarType bias_type) -> (Tensor grad_weight, Tensor grad_bias, Tensor b, Tensor c)");

@@ -51,6 +51,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"no GPU here: {len(waiting_for_a_gpu)} tests would run on it, too")
 
 
+def pytest_configure(config):
+    """Marks of SciPy's own tests, which test_gmres_python.py runs; which ones there are depends on the release."""
+    for mark in ("fail_slow", "xfail_on_32bit", "skip_xp_backends", "uses_xp_capabilities", "parallel_threads_limit"):
+        config.addinivalue_line("markers", f"{mark}: SciPy's")
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -51,8 +51,8 @@ struct MutableChannelVector {
   Scalar scalar = Scalar::f32;
 };
 
-void launch_bn_scale(int channels, const double* var, ChannelVector weight, double eps, double* scale,
-                     CUstream_st* stream);
+void launch_bn_affine(int channels, const double* var, ChannelVector weight, ChannelVector bias, double eps,
+                      double* scale, double* shift, CUstream_st* stream);
 void launch_bn_parameter_gradients(int channels, const double* sum_g, const double* sum_gd, const double* scale,
                                    const double* var, double eps, double count, MutableChannelVector grad_weight,
                                    MutableChannelVector grad_bias, double* b, double* c, CUstream_st* stream);

@@ -1,6 +1,6 @@
 // What a layer computes per channel, one launch each: a tensor operation per step would take longer than a small layer.
 //
-//   scale                γ/√(σ² + ε)
+//   affine               s = γ/√(σ² + ε),  β
 //   parameter_gradients  dγ = Σg·d/√(σ² + ε),  dβ = Σg,  b = −s·Σg·d/((σ² + ε)·m),  c = −s·Σg/m
 //   move_running         running ← running + momentum·(batch − running), one batch more
 #include "bn_layout.cuh"
@@ -23,10 +23,12 @@ __device__ __forceinline__ void put(const MutableChannelVector& v, int c, double
   });
 }
 
-__global__ void bn_scale_kernel(int channels, const double* __restrict__ var, ChannelVector weight, double eps,
-                                double* __restrict__ scale) {
+__global__ void bn_affine_kernel(int channels, const double* __restrict__ var, ChannelVector weight, ChannelVector bias,
+                                 double eps, double* __restrict__ scale, double* __restrict__ shift) {
   const int c = blockIdx.x * blockDim.x + threadIdx.x;
-  if (c < channels) scale[c] = at(weight, c, 1) / std::sqrt(var[c] + eps);
+  if (c >= channels) return;
+  scale[c] = at(weight, c, 1) / std::sqrt(var[c] + eps);
+  shift[c] = at(bias, c, 0);
 }
 
 __global__ void bn_parameter_gradients_kernel(int channels, const double* __restrict__ sum_g,
@@ -62,9 +64,10 @@ dim3 channel_grid(int channels) { return dim3(std::max<int64_t>(1, ceil_div(chan
 
 }  // namespace
 
-void launch_bn_scale(int channels, const double* var, ChannelVector weight, double eps, double* scale,
-                     CUstream_st* stream) {
-  CONVBN_LAUNCH(bn_scale_kernel, channel_grid(channels), kThreads, 0, stream, channels, var, weight, eps, scale);
+void launch_bn_affine(int channels, const double* var, ChannelVector weight, ChannelVector bias, double eps,
+                      double* scale, double* shift, CUstream_st* stream) {
+  CONVBN_LAUNCH(bn_affine_kernel, channel_grid(channels), kThreads, 0, stream, channels, var, weight, bias, eps, scale,
+                shift);
 }
 
 void launch_bn_parameter_gradients(int channels, const double* sum_g, const double* sum_gd, const double* scale,

@@ -19,14 +19,15 @@ MutableChannelVector mutable_vector_of(const OptionalTensor& t) {
 }
 OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
 
-Tensor bn_scale_cuda(const Tensor& var, const OptionalTensor& bn_weight, double eps) {
+std::tuple<Tensor, Tensor> bn_affine_cuda(const Tensor& var, const OptionalTensor& bn_weight,
+                                          const OptionalTensor& bn_bias, double eps) {
   const Launch launch(var.device());
-  const Tensor v = var.contiguous(), scale = at::empty_like(v);
-  const OptionalTensor weight = contiguous(bn_weight);
-  launch_bn_scale(static_cast<int>(v.numel()), v.const_data_ptr<double>(), vector_of(weight), eps,
-                  scale.mutable_data_ptr<double>(), launch.stream);
+  const Tensor v = var.contiguous(), scale = at::empty_like(v), shift = at::empty_like(v);
+  const OptionalTensor weight = contiguous(bn_weight), bias = contiguous(bn_bias);
+  launch_bn_affine(static_cast<int>(v.numel()), v.const_data_ptr<double>(), vector_of(weight), vector_of(bias), eps,
+                   scale.mutable_data_ptr<double>(), shift.mutable_data_ptr<double>(), launch.stream);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return scale;
+  return {scale, shift};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_parameter_gradients_cuda(const Tensor& sum_g, const Tensor& sum_gd,
@@ -62,7 +63,7 @@ void bn_move_running_cuda(const OptionalTensor& running_mean, const OptionalTens
 }  // namespace
 
 TORCH_LIBRARY_IMPL(convbn_ext, CUDA, m) {
-  m.impl("bn_scale", &bn_scale_cuda);
+  m.impl("bn_affine", &bn_affine_cuda);
   m.impl("bn_parameter_gradients", &bn_parameter_gradients_cuda);
   m.impl("bn_move_running", &bn_move_running_cuda);
 }

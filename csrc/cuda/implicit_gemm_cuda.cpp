@@ -64,44 +64,24 @@ Tensor adjoint_weight(const ConvProblem& p, const Tensor& weight) {
   return as_image(weight).unflatten(0, {p.groups, -1}).permute({0, 2, 3, 4, 1}).contiguous();
 }
 
-enum class Algorithm { automatic, aten, implicit_gemm };
-
-Algorithm chosen_algorithm() {
+// Whether our own convolution is asked for. `auto` is torch's: faster on every layer that was measured
+// (csrc/cuda/README.md).
+bool implicit_gemm_chosen() {
   const char* name = std::getenv("CONVBN_EXT_ALGORITHM");
   const std::string_view value = name ? name : "auto";
-  if (value == "auto") return Algorithm::automatic;
-  if (value == "aten") return Algorithm::aten;
-  if (value == "implicit_gemm") return Algorithm::implicit_gemm;
-  TORCH_CHECK_VALUE(false, "conv_bn: CONVBN_EXT_ALGORITHM must be auto, aten or implicit_gemm, got '", value, "'");
-}
-
-// Multiplications per scalar of x and y up to which a product hides behind memory: an H100 moves 3.35 TB/s, and
-// mma.sync multiplies at about half of its dense rate there (csrc/cuda/README.md has the arithmetic).
-constexpr double kHiddenTensor = 96, kHiddenFloat = 16;
-
-bool moves_fewer_bytes(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
-  const auto all = [](const auto& values, int64_t expected) {
-    return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v == expected; });
-  };
-  const int64_t channels = input.size(1), out_channels = weight.size(0), chunk = 16 / input.element_size();
-  const bool pointwise = input.dim() == 4 && input.is_contiguous(kChannelsLast) && g.groups == 1 &&
-                         weight.numel() == channels * out_channels && all(g.stride, 1) && !g.pads();
-  const double per_scalar = static_cast<double>(channels) * out_channels / (channels + out_channels);
-  return pointwise && channels % chunk == 0 && out_channels % chunk == 0 &&
-         per_scalar <= (problem_of(input, weight, g).tensor_cores ? kHiddenTensor : kHiddenFloat);
+  TORCH_CHECK_VALUE(value == "auto" || value == "aten" || value == "implicit_gemm",
+                    "conv_bn: CONVBN_EXT_ALGORITHM must be auto, aten or implicit_gemm, got '", value, "'");
+  return value == "implicit_gemm";
 }
 
 }  // namespace
 
 bool use_implicit_gemm(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
-  const Algorithm algorithm = chosen_algorithm();
   constexpr int64_t most = std::numeric_limits<int>::max();
   const auto sizes = g.padded_sizes(input.sizes());
-  const bool possible = g.axes() <= 2 && input.scalar_type() != at::kDouble && input.numel() > 0 &&
-                        std::all_of(sizes.begin() + 1, sizes.end(), [](int64_t size) { return size <= most / 4; }) &&
-                        weight.numel() <= most && g.groups < 65000;
-  if (!possible || algorithm == Algorithm::aten) return false;
-  return algorithm == Algorithm::implicit_gemm || moves_fewer_bytes(input, weight, g);
+  return implicit_gemm_chosen() && g.axes() <= 2 && input.scalar_type() != at::kDouble && input.numel() > 0 &&
+         std::all_of(sizes.begin() + 1, sizes.end(), [](int64_t size) { return size <= most / 4; }) &&
+         weight.numel() <= most && g.groups < 65000;
 }
 
 Tensor implicit_gemm(const Tensor& input, const Tensor& weight, const ConvGeometry& g, Tensor* mean, Tensor* var) {

@@ -47,10 +47,10 @@ SIMT_API void bn_backward_apply(BN_PARAMETERS, const double* a, const double* b,
 SIMT_API void bn_invert(BN_PARAMETERS, void* result) { convbn::launch_bn_invert(BN_PROBLEM, result, nullptr); }
 
 // Vectors as (pointer, scalar).
-SIMT_API void bn_scale(int64_t channels, const double* var, const void* weight, int64_t weight_scalar, double eps,
-                       double* scale) {
-  convbn::launch_bn_scale(static_cast<int>(channels), var, {weight, static_cast<convbn::Scalar>(weight_scalar)}, eps,
-                          scale, nullptr);
+SIMT_API void bn_affine(int64_t channels, const double* var, const void* weight, const void* bias, int64_t scalar,
+                        double eps, double* scale, double* shift) {
+  const auto s = static_cast<convbn::Scalar>(scalar);
+  convbn::launch_bn_affine(static_cast<int>(channels), var, {weight, s}, {bias, s}, eps, scale, shift, nullptr);
 }
 SIMT_API void bn_parameter_gradients(int64_t channels, const double* sum_g, const double* sum_gd, const double* scale,
                                      const double* var, double eps, double count, void* grad_weight, void* grad_bias,

@@ -30,11 +30,14 @@ def test_per_channel(sim, channels, dtype):
     gamma, bias, running_mean = gamma.to(dtype), bias.to(dtype), running_mean.to(dtype)
     empty = torch.full((channels,), float("nan"), dtype=torch.float64)
 
-    scale = sim.output("scale", empty)
-    run(sim, "bn_scale", channels, sim.input("var", var), sim.input("weight", gamma), code, EPS, scale)
+    scale, shift = sim.output("scale", empty), sim.output("shift", empty)
+    affine = (sim.input("weight", gamma), sim.input("bias", bias))
+    run(sim, "bn_affine", channels, sim.input("var", var), *affine, code, EPS, scale, shift)
     check(scale.read(), gamma.double() / (var + EPS).sqrt())
-    run(sim, "bn_scale", channels, sim.input("var", var), None, code, EPS, scale)
+    check(shift.read(), bias.double())
+    run(sim, "bn_affine", channels, sim.input("var", var), None, None, code, EPS, scale, shift)
     check(scale.read(), 1 / (var + EPS).sqrt())
+    check(shift.read(), torch.zeros(channels, dtype=torch.float64))
 
     s = gamma.double()
     inputs = [sim.input(str(i), t) for i, t in enumerate((sum_g, sum_gd, s, var))]

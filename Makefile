@@ -39,7 +39,7 @@ demo: build  ## the main job: train on real digits, invert real image crops (wri
 	$(PY) -m convbn_ext demo --out out/demo
 
 # Tests that reach the loops with an implementation per instruction set.
-ISA_TESTS := $(foreach t,conv_bn convolution_plan convolution_f64 grad_weight winograd narrow depthwise modules fold normalize golden block_lu gmres block_gmres krylov operator preconditioners solve methods invert,tests/test_$t.py)
+ISA_TESTS := $(foreach t,conv_bn convolution_plan gathered_convolution grad_weight winograd narrow depthwise modules fold normalize golden block_lu gmres block_gmres krylov operator preconditioners solve methods invert,tests/test_$t.py)
 
 test: build  ## the whole CPU test suite, then what depends on the instruction set again with fewer instructions
 	$(PY) -m pytest

@@ -99,24 +99,28 @@ def test_views_and_expanded_gradients(name, layout):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
-# With one thread torch convolves to a single channel by another algorithm; in bfloat16 the library's weight gradient,
-# which other layers take, depends on the number of threads.
-OF_TORCH = ["1x1, one output channel"]
-PRODUCTS = [
-    "1x1, weights outweigh half of a sample",
-    "1x1, several pieces of rows and a rest",
-    "1x1, a stride on heavy weights",
-]
-THREADS = [
-    *((name, torch.float32, layout) for name in CASES if name not in OF_TORCH for layout in LAYOUTS),
-    *((name, torch.bfloat16, layout) for name in PRODUCTS for layout in LAYOUTS),
-]
+# Whose sums torch shares among threads: one image, one axis, a stride, groups, blocks of channels that are not whole.
+THREADS = CASES | {
+    "one image with a stride": ((1, 64, 56, 56), (64, 64, 3, 3), {"stride": 2, "padding": 1}),
+    "one small image, one output channel": ((1, 24, 21, 28), (1, 24, 3, 3), {"padding": 1}),
+    "dx of a stride": ((3, 16, 19, 28), (1, 16, 3, 3), {"stride": (1, 2), "padding": 1}),
+    "blocks that are not whole": ((3, 15, 14, 12), (20, 15, 3, 3), {"padding": 1}),
+    "groups in blocks": ((4, 32, 7, 6), (128, 4, 3, 3), {"groups": 8, "stride": 2}),
+    "groups of one tap": ((8, 36, 9, 9), (36, 3, 1, 1), {"groups": 12}),
+    "1-d": ((2, 6, 147), (9, 2, 3), {"groups": 3, "padding": 2, "padding_mode": "circular"}),
+    "3-d, one small image": ((1, 96, 10, 8, 8), (12, 96, 3, 3, 3), {"stride": 2, "padding": 1}),
+    "3-d, one tap in a plane": ((2, 24, 13, 16, 18), (8, 24, 5, 1, 1), {"padding": (2, 0, 0)}),
+}
 
 
-@pytest.mark.parametrize(("name", "dtype", "layout"), THREADS)
+@pytest.mark.parametrize("name", THREADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@layouts
 def test_threads_do_not_change_a_bit(name, dtype, layout):
-    shape, weight_shape, geometry = CASES[name]
-    x = torch.randn(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+    shape, weight_shape, geometry = THREADS[name]
+    x = torch.randn(shape, dtype=dtype)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=LAYOUTS[layout])
     weight = torch.randn(weight_shape, dtype=dtype)
     grad = torch.randn(Case(shape, weight_shape, **geometry).grad.shape, dtype=dtype)
     assert_threads_do_not_change_a_bit(lambda: training_step(x, weight, grad, **geometry))

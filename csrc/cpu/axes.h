@@ -21,4 +21,9 @@ inline Axes axes_of(at::IntArrayRef x, at::IntArrayRef y, at::IntArrayRef weight
   return axes;
 }
 
+// A layer with one axis has rows alone.
+inline ConvGeometry of_rows(const ConvGeometry& g) {
+  return {{1, g.stride[0]}, {0, 0, g.padding[0], g.padding[1]}, {1, g.dilation[0]}, g.groups};
+}
+
 }  // namespace convbn

@@ -7,11 +7,11 @@
 //   Pieces and samples are computed each by itself and added in order, whatever the number of threads. A stride leaves
 //   out pixels before the product.
 //
-//   float32, 3×3, enough channels: Winograd's algorithm, in channels_last. float64 in channels_last: our own products.
+//   float32, 3×3, enough channels: Winograd's algorithm, in channels_last.
 //
 //   Everything else: our AMX kernels want channels_last; the library computes in channels_last or in blocks of 16
-//   channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does. Its dw
-//   depends on the number of threads; in float32 and float64 we take our own, for all but many groups of few channels.
+//   channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does. Where its
+//   results depend on the number of threads we take our own: dw, float64, and see library_splits_sums.
 //
 // Every way takes and gives the memory format that torch's convolution would.
 #include "../convolution_plan.h"
@@ -19,7 +19,7 @@
 #include <ATen/Context.h>
 
 #include "convolution_amx.h"
-#include "convolution_f64.h"
+#include "gathered_convolution.h"
 #include "grad_weight.h"
 #include "memory_format.h"
 #include "narrow.h"
@@ -37,19 +37,49 @@ bool channels_last(const Tensor& t) { return t.suggest_memory_format() == Format
 
 // ---- in the memory format that the arguments have: our own kernels or the library's ----
 
+constexpr int64_t kSmallImage = 20480;  // values (of a column, in 3-d), up to which torch does not call oneDNN
+
+// Where torch's sums depend on the number of threads: in its own algorithm (float64, a small image by itself) and in
+// oneDNN's for one axis, dx of a stride (one image, or channels that are not blocks of 16), and y in blocks of channels
+// that are not whole.
+bool library_splits_sums(IntArrayRef x, const Tensor& data, const Tensor& weight, const ConvGeometry& g, bool adjoint) {
+  const auto type = weight.scalar_type();
+  if (!weight.is_cpu() || (type != at::kFloat && type != at::kDouble) || weight.numel() == 0) return false;
+  if (type == at::kDouble) return true;
+  const bool depthwise = g.groups > 1 && weight.size(1) == 1 && weight.size(0) == g.groups;
+  const bool strided = std::any_of(g.stride.begin(), g.stride.end(), [](int64_t s) { return s != 1; });
+  const bool small = g.axes() > 1 && g.groups == 1 && x[0] == 1 && c10::multiply_integers(x.slice(0, 4)) <= kSmallImage;
+  const bool parts = g.axes() == 2 && !channels_last(data) && (weight.size(0) % 8 != 0 || weight.size(1) % 8 != 0);
+  const bool blocks = weight.size(0) % 16 == 0 && weight.size(1) % 16 == 0;
+  return !depthwise &&
+         (g.axes() == 1 || small || (g.groups == 1 && (adjoint ? strided && (x[0] == 1 || !blocks) : parts)));
+}
+
+// With one thread torch convolves few images with a kernel of one tap by an algorithm of its own, if the taps lie side
+// by side. One tap does not care where the next would be.
+std::vector<int64_t> library_dilation(const Tensor& weight, const ConvGeometry& g) {
+  std::vector<int64_t> dilation = g.dilation;
+  if (weight.scalar_type() == at::kFloat && weight.sizes().back() == 1) dilation.back() = 2;
+  return dilation;
+}
+
 Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  if (takes_convolve_f64(x, weight, g)) return convolve_f64(x, weight, g);
+  if (x.numel() > 0 && library_splits_sums(x.sizes(), x, weight, g, /*adjoint=*/false))
+    return convolve_gathered(x, weight, g);
   if (takes_convolve_amx(x, weight, x.sizes(), g.output_sizes(x.sizes(), weight.sizes()), g))
     return convolve_amx(x, weight, g);
   const std::vector<int64_t> zero(g.axes(), 0);
-  return at::convolution(x, weight, {}, g.stride, library_padding(g), g.dilation, /*transposed=*/false, zero, g.groups);
+  return at::convolution(x, weight, {}, g.stride, library_padding(g), library_dilation(weight, g), /*transposed=*/false,
+                         zero, g.groups);
 }
 
 std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                            const ConvGeometry& g, bool needs_input, bool needs_weight) {
-  const auto input_by = !needs_input                                                                 ? nullptr
-                        : takes_convolve_f64(x, weight, g)                                           ? grad_input_f64
-                        : takes_grad_input_narrow(grad_output, weight, x.sizes(), g)                 ? grad_input_narrow
+  const bool splits = x.numel() > 0 && grad_output.numel() > 0 &&
+                      library_splits_sums(x.sizes(), grad_output, weight, g, /*adjoint=*/true);
+  const auto input_by = !needs_input                                                 ? nullptr
+                        : takes_grad_input_narrow(grad_output, weight, x.sizes(), g) ? grad_input_narrow
+                        : splits                                                     ? grad_input_gathered
                         : takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g) ? grad_input_amx
                                                                                                      : nullptr;
   const auto weight_by = needs_weight && takes_own_grad_weight(grad_output, x) ? own_grad_weight : nullptr;
@@ -57,9 +87,9 @@ std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tens
   const std::vector<int64_t> zero(g.axes(), 0);
   Tensor grad_input, grad_weight;
   if (library[0] || library[1])
-    std::tie(grad_input, grad_weight, std::ignore) =
-        at::convolution_backward(grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g),
-                                 g.dilation, /*transposed=*/false, zero, g.groups, library);
+    std::tie(grad_input, grad_weight, std::ignore) = at::convolution_backward(
+        grad_output, x, weight, at::OptionalIntArrayRef(), g.stride, library_padding(g), library_dilation(weight, g),
+        /*transposed=*/false, zero, g.groups, library);
   if (input_by) grad_input = input_by(grad_output, weight, x.sizes(), g);
   if (weight_by) grad_weight = weight_by(grad_output, x, weight.sizes(), g);
   return {grad_input, grad_weight};
@@ -173,10 +203,12 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (is_product(weight, g)) return plan_product(given, half, weight, pixels, strided(g));
   if (half) return {given, Format::ChannelsLast};
   const bool winograd = suits_winograd(x.sizes(), weight.sizes(), g, /*large=*/given == Format::ChannelsLast);
-  // In float32 blocks of channels are faster for few pixels, and where a depthwise layer consists of them.
-  const bool blocks = g.groups > 1 && g.groups == x.size(1) && g.groups % 16 == 0;
-  const bool few = g.groups == 1 && pixels <= 16;
-  const Format library = few ? Format::Contiguous : pixels < 256 || blocks ? given : Format::ChannelsLast;
+  // In float32 blocks of channels are faster for few pixels, and where a depthwise layer consists of them. But with
+  // groups the library's results in blocks depend on the number of threads.
+  const bool depthwise = g.groups > 1 && g.groups == x.size(1);
+  const bool blocks = depthwise && g.groups % 16 == 0, few = g.groups == 1 && pixels <= 16;
+  const bool small = pixels < 256 && (depthwise || g.groups == 1);
+  const Format library = few ? Format::Contiguous : small || blocks ? given : Format::ChannelsLast;
   // dw has no large tiles. Where few of the small ones are whole our own products are as fast, if the weights are
   // heavy.
   const bool weight_winograd = suits_winograd(x.sizes(), weight.sizes(), g, weight.numel() <= kLightWeight);

@@ -276,13 +276,6 @@ Tensor of_planes(const Tensor& grad_output, const Tensor& input, IntArrayRef wei
   return grad_weight_of_planes<T>(grad_output.to(type), input.to(type), weight, g).to(input.scalar_type());
 }
 
-// dw of a layer with one axis is that of one with rows alone.
-Tensor of_rows(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g) {
-  const ConvGeometry rows{{1, g.stride[0]}, {0, 0, g.padding[0], g.padding[1]}, {1, g.dilation[0]}, g.groups};
-  return own_grad_weight(grad_output.unsqueeze(2), input.unsqueeze(2), {weight[0], weight[1], 1, weight[2]}, rows)
-      .squeeze(2);
-}
-
 // `some` groups as one, of which dw has the blocks on the diagonal
 Tensor of_merged(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g,
                  int64_t some) {
@@ -316,7 +309,10 @@ bool takes_own_grad_weight(const Tensor& grad_output, const Tensor& input) {
 
 Tensor own_grad_weight(const Tensor& grad_output, const Tensor& input, IntArrayRef weight, const ConvGeometry& g) {
   const auto type = input.scalar_type();
-  if (g.axes() == 1) return of_rows(grad_output, input, weight, g);
+  if (g.axes() == 1)
+    return own_grad_weight(grad_output.unsqueeze(2), input.unsqueeze(2), {weight[0], weight[1], 1, weight[2]},
+                           of_rows(g))
+        .squeeze(2);
   if (takes_grad_weight_depthwise(grad_output, input, weight, g))
     return grad_weight_depthwise(grad_output, input, weight, g);
   const int64_t to = weight[0] / g.groups, from = weight[1];

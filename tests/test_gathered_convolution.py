@@ -1,4 +1,4 @@
-"""float64 convolutions of channels_last images (csrc/cpu/convolution_f64.cpp) against torch's contiguous ones."""
+"""Convolutions by products on gathered pixels (csrc/cpu/gathered_convolution.cpp) against torch's, in float64."""
 
 from __future__ import annotations
 

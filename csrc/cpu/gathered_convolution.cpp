@@ -3,7 +3,7 @@
 //   y:  m = p·s + t·d − pad       dx:  m = (p + pad − t·d) / s, where that is whole
 // For dx the pixels p are taken by their remainder of s, the phase, in which all meet the same taps. The pixels of `in`
 // are gathered tap by tap, zeros beside the image, for as many of `out` as leaves them in the L2 cache.
-#include "convolution_f64.h"
+#include "gathered_convolution.h"
 
 #include <ATen/Parallel.h>
 
@@ -24,14 +24,13 @@ using at::Tensor;
 
 namespace {
 
-constexpr int64_t kLanes = 8;
+constexpr int64_t kLineBytes = 64;
 constexpr int64_t kTileRows = 6;        // pixels that the products take at once
 constexpr int64_t kMostPixels = 96;     // of a chunk
 constexpr int64_t kGathered = 1 << 17;  // values of a chunk
 constexpr int64_t kDepth = 256;         // of a product, about
 constexpr int64_t kUnits = 16;          // of work, if there are so many chunks or columns
-constexpr int64_t kColumns = 32;        // a strip of the products
-constexpr int64_t kFewestChannels = 8;  // of a group
+constexpr int64_t kStripBytes = 256;    // columns of the products
 
 using Index = std::array<int64_t, 3>;  // along the axes
 
@@ -88,7 +87,8 @@ class Gather {
   }
 
   // `from` of `channels` values of the pixels that a run meets with a tap, zeros where there are none
-  void copy(const Run& run, const Index& tap, const double* data, int64_t channels, int64_t from, double* to) const {
+  template <class T>
+  void copy(const Run& run, const Index& tap, const T* data, int64_t channels, int64_t from, T* to) const {
     const auto& [depth, height, width] = axes_;
     const int64_t d = source(depth, run.at[0], tap[0]), h = source(height, run.at[1], tap[1]);
     const int64_t depths = size(depth, !adjoint_), heights = size(height, !adjoint_), widths = size(width, !adjoint_);
@@ -97,10 +97,10 @@ class Gather {
     const int64_t low =
         inside ? std::clamp<int64_t>(pieces(std::max<int64_t>(-first, 0), step), 0, run.count) : run.count;
     const int64_t high = std::clamp<int64_t>(pieces(std::max<int64_t>(widths - first, 0), step), low, run.count);
-    std::fill_n(to, low * from, 0.);
-    std::fill(to + high * from, to + run.count * from, 0.);
+    std::fill_n(to, low * from, T{0});
+    std::fill(to + high * from, to + run.count * from, T{0});
     if (low == high) return;
-    const double* pixel = data + (((run.image * depths + d) * heights + h) * widths + first + low * step) * channels;
+    const T* pixel = data + (((run.image * depths + d) * heights + h) * widths + first + low * step) * channels;
     if (step == 1 && from == channels) {
       std::copy_n(pixel, (high - low) * from, to + low * from);
       return;
@@ -145,45 +145,46 @@ class Gather {
   }
 };
 
-// w_t (groups, taps, from, columns), the columns padded with zeros to whole cache lines
+// w_t (groups, taps, from, columns), the columns padded with zeros to whole cache lines, an odd number of which does
+// not let rows push each other out of the cache
 Tensor packed(const Tensor& weight, int64_t groups, bool adjoint) {
-  const auto last = at::MemoryFormat::ChannelsLast;
   const int64_t out = weight.size(0) / groups, in = weight.size(1), taps = weight.numel() / weight.size(0) / in;
-  const Tensor w = weight.contiguous(last).permute({0, 2, 3, 1});  // (out channels, taps, in channels) in memory
-  const Tensor t =
-      adjoint
-          ? w.view({groups, out, taps, in}).transpose(1, 2)
-          : to_format(w.view({groups, out, 1, taps * in}), last).permute({0, 2, 3, 1}).view({groups, taps, in, out});
-  return at::constant_pad_nd(t, {0, pieces(t.size(3), kLanes) * kLanes - t.size(3)}).contiguous();
+  const Tensor w = to_format(weight.reshape({groups, out, in, taps}).view({groups * out, in, taps, 1}),
+                             at::MemoryFormat::ChannelsLast)
+                       .permute({0, 2, 3, 1});  // (out channels, taps, 1, in channels) in memory
+  const Tensor t = adjoint ? w.view({groups, out, taps, in}).transpose(1, 2)
+                           : to_format(w.view({groups, out, 1, taps * in}), at::MemoryFormat::ChannelsLast)
+                                 .permute({0, 2, 3, 1})
+                                 .view({groups, taps, in, out});
+  const int64_t lanes = kLineBytes / weight.element_size();
+  return at::constant_pad_nd(t, {0, pieces(t.size(3), lanes) * lanes - t.size(3)}).contiguous();
 }
 
-Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef x_sizes, IntArrayRef y_sizes,
-               const ConvGeometry& g, bool adjoint) {
-  static const auto multiply =
-      best_of(&baseline::add_products<double>, &avx2::add_products<double>, &avx512::add_products<double>);
+template <class T>
+Tensor product_of(const Tensor& given, const Tensor& weight, IntArrayRef x_sizes, IntArrayRef y_sizes,
+                  const ConvGeometry& g, bool adjoint) {
+  static const auto multiply = best_of(&baseline::add_products<T>, &avx2::add_products<T>, &avx512::add_products<T>);
+  const Tensor data = to_format(given, last_format(g.axes())), w = packed(weight, g.groups, adjoint);
   const Gather gather(x_sizes, y_sizes, weight.sizes(), g, adjoint);
-  const Tensor w = packed(weight, g.groups, adjoint);
   const int64_t taps = w.size(1), from = w.size(2), columns = w.size(3), all = data.size(1);
   const auto chunks = gather.chunks(from);
   const int64_t to = weight.numel() / taps / from / g.groups;
   // blocks of columns
-  const int64_t count = chunks.size() * g.groups;
-  const int64_t width = pieces(pieces(columns, kColumns), pieces(kUnits, count)) * kColumns,
-                blocks = pieces(columns, width);
-  const Tensor out =
-      at::empty(adjoint ? x_sizes : y_sizes, data.options().memory_format(at::MemoryFormat::ChannelsLast));
-  const double *const in = data.const_data_ptr<double>(), *const matrices = w.const_data_ptr<double>();
-  double* const result = out.mutable_data_ptr<double>();
+  const int64_t count = chunks.size() * g.groups, strip = kStripBytes / sizeof(T);
+  const int64_t width = pieces(pieces(columns, strip), pieces(kUnits, count)) * strip, blocks = pieces(columns, width);
+  const Tensor out = at::empty(adjoint ? x_sizes : y_sizes, data.options().memory_format(last_format(g.axes())));
+  const T *const in = data.const_data_ptr<T>(), *const matrices = w.const_data_ptr<T>();
+  T* const result = out.mutable_data_ptr<T>();
   at::parallel_for(0, count * blocks, 1, [&](int64_t begin, int64_t end) {
-    thread_local AlignedVector<double> gathered, products;
-    std::vector<const double*> A, B;
+    thread_local AlignedVector<T> gathered, products;
+    std::vector<const T*> A, B;
     for (int64_t work = begin; work < end; ++work) {
       const Chunk& chunk = chunks[work / blocks / g.groups];
       const int64_t group = work / blocks % g.groups, first = work % blocks * width;
       const int64_t here = std::min(width, columns - first), wanted = std::min(width, to - first);
       const auto runs = gather.runs(chunk);
-      gathered.resize(taps * chunk.count * from), products.resize(chunk.count * here);
-      double* copy = gathered.data();
+      T* copy = at_least(gathered, taps * chunk.count * from);
+      T* const product = at_least(products, chunk.count * here);
       A.clear(), B.clear();
       for (const Index& t : chunk.phase->taps) {
         A.push_back(copy);
@@ -195,9 +196,9 @@ Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef x_sizes, In
       }
       const int64_t some = std::max<int64_t>(1, kDepth / from), terms = A.size();
       for (int64_t i = 0; i < std::max<int64_t>(1, terms); i += some)
-        multiply(A.data() + i, B.data() + i, std::min(some, terms - i), from, 1, columns, from, products.data(), here,
+        multiply(A.data() + i, B.data() + i, std::min(some, terms - i), from, 1, columns, from, product, here,
                  chunk.count, here, i > 0);
-      const double* row = products.data();
+      const T* row = product;
       for (const Run& run : runs)
         for (int64_t i = 0; i < run.count; ++i, row += here)
           std::copy_n(
@@ -208,23 +209,31 @@ Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef x_sizes, In
   return out;
 }
 
+// In the memory format that torch's convolution would give. One axis is the last of two.
+Tensor product(const Tensor& data, const Tensor& weight, IntArrayRef x_sizes, IntArrayRef y_sizes,
+               const ConvGeometry& g, bool adjoint) {
+  const auto contiguous = at::MemoryFormat::Contiguous, last = last_format(g.axes());
+  if (g.axes() == 1) {
+    const auto rows = [](IntArrayRef sizes) { return std::vector<int64_t>{sizes[0], sizes[1], 1, sizes[2]}; };
+    return product(data.unsqueeze(2), weight.unsqueeze(2), rows(x_sizes), rows(y_sizes), of_rows(g), adjoint)
+        .squeeze(2);
+  }
+  const Tensor result =
+      (data.scalar_type() == at::kDouble ? product_of<double> : product_of<float>)(data, weight, x_sizes, y_sizes, g,
+                                                                                   adjoint);
+  const bool any_last = data.suggest_memory_format() == last || weight.suggest_memory_format() == last;
+  return any_last ? result : to_format(result, contiguous);
+}
+
 }  // namespace
 
-bool takes_convolve_f64(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
-  const auto last = [](const Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; };
-  return input.is_cpu() && input.scalar_type() == at::kDouble && g.axes() == 2 && input.numel() > 0 &&
-         weight.numel() > 0 && (last(input) || last(weight)) &&
-         (g.groups == 1 || std::min(weight.size(1), weight.size(0) / g.groups) >= kFewestChannels);
+Tensor convolve_gathered(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
+  return product(input, weight, input.sizes(), g.output_sizes(input.sizes(), weight.sizes()), g, false);
 }
 
-Tensor convolve_f64(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
-  const auto sizes = g.output_sizes(input.sizes(), weight.sizes());
-  return product(to_format(input, at::MemoryFormat::ChannelsLast), weight, input.sizes(), sizes, g, false);
-}
-
-Tensor grad_input_f64(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_sizes, const ConvGeometry& g) {
-  return product(to_format(grad_output, at::MemoryFormat::ChannelsLast), weight, input_sizes, grad_output.sizes(), g,
-                 true);
+Tensor grad_input_gathered(const Tensor& grad_output, const Tensor& weight, IntArrayRef input_sizes,
+                           const ConvGeometry& g) {
+  return product(grad_output, weight, input_sizes, grad_output.sizes(), g, true);
 }
 
 }  // namespace convbn

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,6 +72,16 @@ def cuda_package() -> Path | None:
     return next((folder for folder in folders if (folder / "include").is_dir()), None)
 
 
+def fused_multiply_adds() -> list[str]:
+    """GCC 13 and newer tune x86-64 by splitting some multiply-adds, depending on the loop around them.
+
+    The same product in a loop of another shape then rounds otherwise, and results depend on how rows are grouped.
+    """
+    flag = "--param=avoid-fma-max-bits=0"
+    command = [*cpp_extension.get_cxx_compiler().split(), "-Werror", flag, "-x", "c++", "-fsyntax-only", os.devnull]
+    return [flag] if subprocess.run(command, capture_output=True, check=False).returncode == 0 else []
+
+
 def extension(with_cuda: bool):
     """One extension module; OpenMP pragmas are compiled, but libgomp comes from torch alone.
 
@@ -81,7 +92,7 @@ def extension(with_cuda: bool):
     optimize = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]
     if SANITIZE:  # torch's own classes carry no type information for vptr
         optimize = ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr"]
-    cxx = ["-std=c++20", *optimize, *openmp, "-Wall", "-Wno-psabi"]
+    cxx = ["-std=c++20", *optimize, *openmp, "-Wall", "-Wno-psabi", *fused_multiply_adds()]
     options = {
         "include_dirs": [str(ROOT / "csrc")],
         "extra_compile_args": {"cxx": cxx},

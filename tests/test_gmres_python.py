@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse
 import scipy.sparse.linalg._isolve as scipy_solvers
 import torch
+from scipy._lib import _array_api
 from systems import SOLVABLE, assert_other_threads_run, dense, laplacian, slow_system
 
 import convbn_ext as cb
@@ -25,6 +26,9 @@ def _scipy_tests(name):
     """A test module of SciPy, loaded anew with our gmres where it imports SciPy's."""
     spec = importlib.util.find_spec(f"scipy.sparse.linalg._isolve.tests.{name}")
     module = importlib.util.module_from_spec(spec)
+    table = getattr(_array_api, "xp_capabilities_table", {})  # from SciPy 1.18 on its tests look functions up there
+    if scipy_solvers.gmres in table:
+        table[cb.gmres] = table[scipy_solvers.gmres]
     with mock.patch.object(scipy_solvers, "gmres", cb.gmres):
         spec.loader.exec_module(module)
     assert module.gmres is cb.gmres

@@ -1,7 +1,7 @@
 """Interleaved timing of several providers in one process, and one CSV row per measurement.
 
 Calls are timed on torch's default device: with a clock on the CPU, with events on the current stream of a GPU, there
-after its L2 cache has been overwritten. The GPU's part has been executed on no GPU yet.
+after its L2 cache has been overwritten.
 """
 
 from __future__ import annotations

@@ -113,9 +113,7 @@ def test_threads_do_not_change_a_bit(name):
         (False, (2, 3, 8, 8), (15, 3, 3, 3), {"padding": 1}),
         (False, (2, 3, 8, 8), (16, 3, 1, 5), {}),
         (False, (2, 3, 19, 8), (16, 3, 17, 3), {}),
-        (False, (2, 3, 8, 8), (16, 3, 3, 3), {"dilation": 2}),
         (False, (2, 4, 8, 8), (16, 2, 3, 3), {"groups": 2}),
-        (False, (2, 3, 8, 8), (16, 3, 3, 3), {"padding": 1, "padding_mode": "circular"}),
     ],
 )
 def test_which_layers_take_it(taken, shape, weight, geometry):

@@ -84,8 +84,8 @@ def test_second_derivatives_forward_over_reverse():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("wanted", ["bn", "conv.weight", "input"])
 def test_gradients_that_nobody_wants_cost_nothing(training, wanted):
-    layer = cb.ConvBN2d(4, 4, 3, activation="relu").double().train(training)
-    x = FEATURES.clone().requires_grad_(wanted == "input")
+    layer = cb.ConvBN2d(4, 4, 3, activation="relu").train(training)
+    x = FEATURES.float().clone(memory_format=torch.channels_last).requires_grad_(wanted == "input")
     for name, p in layer.named_parameters():
         p.requires_grad_(name.startswith(wanted))
     with torch.profiler.profile(record_shapes=True) as profile:

@@ -65,7 +65,7 @@ void reduction(const BnProblem& p, Launch launch) {
         const Matrix m = matrix_of(p, V);
         const ReduceGrid grid(m, p.channels_last, V);
         const dim3 block = p.channels_last ? dim3(m.threads_x, m.threads_y) : dim3(kThreads);
-        const int per_thread = p.channels_last ? V : 1;  // results in shared memory
+        const int per_thread = p.channels_last ? V : 0;  // results in shared memory, of half of the threads
         launch(channels_last, scalar_t{}, V, m, grid, dim3(grid.blocks, grid.parts), block, per_thread);
       });
     });

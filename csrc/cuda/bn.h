@@ -41,7 +41,8 @@ void launch_bn_backward_apply(const BnProblem& problem, const double* a, const d
                               void* grad_residual, CUstream_st* stream);
 void launch_bn_invert(const BnProblem& problem, void* y, CUstream_st* stream);
 
-// What is computed per channel (bn_channels.cu). A vector (C,) of any type; without data it is not wanted, or its default.
+// What is computed per channel (bn_channels.cu). A vector (C,) of any type; without data it is not wanted, or its
+// default.
 struct ChannelVector {
   const void* data = nullptr;
   Scalar scalar = Scalar::f32;

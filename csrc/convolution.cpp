@@ -1,5 +1,8 @@
 #include "convolution.h"
 
+#include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
 #include "convolution_plan.h"
 
 namespace convbn {
@@ -55,10 +58,28 @@ std::vector<int64_t> ConvGeometry::output_sizes(IntArrayRef input_sizes, IntArra
   return sizes;
 }
 
-// oneDNN's bfloat16 and float16 convolutions return wrong or non-finite numbers for some shapes whose output is one
-// column wide (seen in torch 2.13 and 2.14 on an AMX machine); those are computed in float32.
-bool library_is_wrong(const Tensor& like, int64_t last_output_size) {
-  return like.is_cpu() && at::isReducedFloatingType(like.scalar_type()) && last_output_size == 1;
+namespace {
+
+// oneDNN has vector code for 16-bit types where the CPU does (bfloat16: AVX-512; float16: its FP16). Elsewhere torch's
+// own loops run, which take 10 to 80 times as long as float32 with the conversions.
+bool library_has(at::ScalarType type) {
+  const auto ask = [](const char* name) {
+    const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+    return op && op->typed<bool()>().call();
+  };
+  static const bool bfloat16 = ask("mkldnn::_is_mkldnn_bf16_supported");
+  static const bool half = ask("mkldnn::_is_mkldnn_fp16_supported");
+  return (type == at::kBFloat16 ? bfloat16 : half) && at::globalContext().userEnabledMkldnn();
+}
+
+}  // namespace
+
+// oneDNN's 16-bit convolutions return wrong or non-finite numbers for some shapes whose output is one column wide, and
+// with three axes for some layers of few channels or with groups (seen in torch 2.13 and 2.14 on an AMX machine).
+bool library_needs_float(const Tensor& like, IntArrayRef weight, IntArrayRef output) {
+  const bool few = weight.size() == 5 && std::min(weight[0], weight[1]) < 16;
+  return like.is_cpu() && at::isReducedFloatingType(like.scalar_type()) &&
+         (output.back() == 1 || few || !library_has(like.scalar_type()));
 }
 
 namespace {
@@ -128,23 +149,24 @@ Tensor pad_adjoint(const Tensor& grad, IntArrayRef input_sizes, const ConvGeomet
 }
 
 Tensor convolve(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
-  if (g.axes() == 0) return at::linear(input, weight);
-  if (library_is_wrong(input, g.output_sizes(input.sizes(), weight.sizes()).back()))
+  if (library_needs_float(input, weight.sizes(), g.output_sizes(input.sizes(), weight.sizes())))
     return convolve(input.to(at::kFloat), weight.to(at::kFloat), g).to(input.scalar_type());
+  if (g.axes() == 0) return at::linear(input, weight);
   return planned_convolve(g.pads_explicitly() ? pad(input, g) : input, weight, without_explicit_padding(g));
 }
 
 std::tuple<Tensor, Tensor> convolve_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
                                              const ConvGeometry& g, bool needs_input, bool needs_weight) {
-  if (g.axes() == 0)
-    return {needs_input ? at::mm(grad_output, weight) : Tensor(),
-            needs_weight ? at::mm(grad_output.t(), input) : Tensor()};
-  if (library_is_wrong(grad_output, grad_output.size(-1)) || library_is_slow(grad_output, weight, g)) {
+  if (library_needs_float(grad_output, weight.sizes(), grad_output.sizes()) ||
+      library_is_slow(grad_output, weight, g)) {
     auto [grad_input, grad_weight] = convolve_backward(grad_output.to(at::kFloat), input.to(at::kFloat),
                                                        weight.to(at::kFloat), g, needs_input, needs_weight);
     const auto dtype = grad_output.scalar_type();
     return {needs_input ? grad_input.to(dtype) : Tensor(), needs_weight ? grad_weight.to(dtype) : Tensor()};
   }
+  if (g.axes() == 0)
+    return {needs_input ? at::mm(grad_output, weight) : Tensor(),
+            needs_weight ? at::mm(grad_output.t(), input) : Tensor()};
   const bool padded = g.pads_explicitly();
   Tensor x = input;
   if (padded)  // grad_input alone needs the padded input's sizes, not its values

@@ -69,7 +69,7 @@ bool fuses(const Tensor& input, const Tensor& weight, bool residual, const ConvB
   const auto output_sizes = options.geometry.output_sizes(input.sizes(), weight.sizes());
   return weight.numel() < c10::multiply_integers(output_sizes) && plain() && with_sum() &&
          at::globalContext().userEnabledMkldnn() && input.dim() >= 4 && input.numel() > 0 &&
-         (type == at::kFloat || type == at::kBFloat16) && !library_is_wrong(input, output_sizes.back()) &&
+         (type == at::kFloat || type == at::kBFloat16) && !library_needs_float(input, weight.sizes(), output_sizes) &&
          !beats_fused_inference(input, weight, options.geometry);
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "convolution_plan.h"
+#include "cpu/block_product.h"
 
 namespace convbn {
 
@@ -151,7 +152,7 @@ Tensor pad_adjoint(const Tensor& grad, IntArrayRef input_sizes, const ConvGeomet
 Tensor convolve(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
   if (library_needs_float(input, weight.sizes(), g.output_sizes(input.sizes(), weight.sizes())))
     return convolve(input.to(at::kFloat), weight.to(at::kFloat), g).to(input.scalar_type());
-  if (g.axes() == 0) return at::linear(input, weight);
+  if (g.axes() == 0) return block_product(input, weight.t());
   return planned_convolve(g.pads_explicitly() ? pad(input, g) : input, weight, without_explicit_padding(g));
 }
 
@@ -165,8 +166,8 @@ std::tuple<Tensor, Tensor> convolve_backward(const Tensor& grad_output, const Te
     return {needs_input ? grad_input.to(dtype) : Tensor(), needs_weight ? grad_weight.to(dtype) : Tensor()};
   }
   if (g.axes() == 0)
-    return {needs_input ? at::mm(grad_output, weight) : Tensor(),
-            needs_weight ? at::mm(grad_output.t(), input) : Tensor()};
+    return {needs_input ? block_product(grad_output, weight) : Tensor(),
+            needs_weight ? block_product(grad_output.t(), input) : Tensor()};
   const bool padded = g.pads_explicitly();
   Tensor x = input;
   if (padded)  // grad_input alone needs the padded input's sizes, not its values

@@ -18,6 +18,7 @@
 
 #include <ATen/Context.h>
 
+#include "block_product.h"
 #include "convolution_amx.h"
 #include "gathered_convolution.h"
 #include "grad_weight.h"
@@ -40,19 +41,26 @@ bool channels_last(const Tensor& t) { return t.suggest_memory_format() == Format
 constexpr int64_t kSmallImage = 20480;  // values (of a column, in 3-d), up to which torch does not call oneDNN
 
 // Where torch's sums depend on the number of threads: in its own algorithm (float64, a small image by itself) and in
-// oneDNN's for one axis, dx of a stride (one image, or channels that are not blocks of 16), and y in blocks of channels
-// that are not whole.
+// oneDNN's for one axis, pixels that meet only padding, dx of a dilation, of a stride or one image where channels are
+// not blocks of 16, of one image with a stride, and y in blocks of channels that are not whole.
 bool library_splits_sums(IntArrayRef x, const Tensor& data, const Tensor& weight, const ConvGeometry& g, bool adjoint) {
   const auto type = weight.scalar_type();
   if (!weight.is_cpu() || (type != at::kFloat && type != at::kDouble) || weight.numel() == 0) return false;
   if (type == at::kDouble) return true;
-  const bool depthwise = g.groups > 1 && weight.size(1) == 1 && weight.size(0) == g.groups;
-  const bool strided = std::any_of(g.stride.begin(), g.stride.end(), [](int64_t s) { return s != 1; });
-  const bool small = g.axes() > 1 && g.groups == 1 && x[0] == 1 && c10::multiply_integers(x.slice(0, 4)) <= kSmallImage;
-  const bool parts = g.axes() == 2 && !channels_last(data) && (weight.size(0) % 8 != 0 || weight.size(1) % 8 != 0);
-  const bool blocks = weight.size(0) % 16 == 0 && weight.size(1) % 16 == 0;
-  return !depthwise &&
-         (g.axes() == 1 || small || (g.groups == 1 && (adjoint ? strided && (x[0] == 1 || !blocks) : parts)));
+  const int64_t to = weight.size(0) / g.groups, from = weight.size(1);
+  if (g.groups > 1 && to == 1 && from == 1) return false;
+  const auto other = [](IntArrayRef values) {
+    return std::any_of(values.begin(), values.end(), [](int64_t v) { return v != 1; });
+  };
+  const auto padding = library_padding(g);
+  for (int64_t i = 0; i < g.axes(); ++i)
+    if (padding[i] > (weight.size(i + 2) - 1) * g.dilation[i]) return true;
+  const bool one = x[0] == 1, strided = other(g.stride), dilated = other(g.dilation);
+  const bool small = g.axes() > 1 && g.groups == 1 && one && c10::multiply_integers(x.slice(0, 4)) <= kSmallImage;
+  if (g.axes() == 1 || small) return true;
+  const auto whole = [&](int64_t block) { return to % block == 0 && from % block == 0; };
+  if (adjoint) return dilated || (one && strided) || ((one || strided) && !whole(16));
+  return g.groups == 1 && g.axes() == 2 && !channels_last(data) && !whole(8);
 }
 
 // With one thread torch convolves few images with a kernel of one tap by an algorithm of its own, if the taps lie side
@@ -128,26 +136,24 @@ Tensor from_rows(const Tensor& t, const Tensor& like) {
 Tensor planes(const Tensor& t) { return to_format(t, Format::Contiguous).flatten(2); }
 
 // For every sample w x, w (A, B), x (N, B, H·W)
-Tensor each_product(const Tensor& w, const Tensor& x) { return at::bmm(w.expand({x.size(0), -1, -1}), x); }
+Tensor each_product(const Tensor& w, const Tensor& x) { return block_product(w.expand({x.size(0), -1, -1}), x); }
 
 constexpr int64_t kPieceRows = 1024;  // a piece has at least so many, enough to be worth a product of its own
-constexpr int64_t kFewPieces = 4;     // MKL would share the sums of fewer among its threads
 
 // aᵀ b, a (M, A), b (M, B)
 Tensor sum_of_products(const Tensor& a, const Tensor& b) {
   const int64_t pieces = a.size(0) / kPieceRows;
-  if (pieces < 2) return at::mm(a.t(), b);
+  if (pieces < 2) return block_product(a.t(), b);
   const int64_t length = a.size(0) / pieces, whole = pieces * length, rest = a.size(0) - whole;
   const auto split = [&](const Tensor& t) { return t.narrow(0, 0, whole).view({pieces, length, t.size(1)}); };
-  const Tensor sum = at::bmm(split(a).transpose(1, 2), split(b)).sum(0);
-  return rest ? sum.add_(at::mm(a.narrow(0, whole, rest).t(), b.narrow(0, whole, rest))) : sum;
+  const Tensor sum = block_product(split(a).transpose(1, 2), split(b)).sum(0);
+  return rest ? sum.add_(block_product(a.narrow(0, whole, rest).t(), b.narrow(0, whole, rest))) : sum;
 }
 
 // x as dy: without the pixels that a stride leaves out
 Tensor grad_weight_by_rows(const Tensor& dy, const Tensor& x, const Tensor& weight) {
   const ConvGeometry g{{1, 1}, {0, 0, 0, 0}, {1, 1}};
-  if (x.scalar_type() == at::kBFloat16 || dy.numel() / dy.size(1) < kFewPieces * kPieceRows)
-    return own_grad_weight(dy, x, weight.sizes(), g);
+  if (x.scalar_type() == at::kBFloat16) return own_grad_weight(dy, x, weight.sizes(), g);
   return sum_of_products(rows(dy), rows(x)).view(weight.sizes());
 }
 
@@ -162,9 +168,7 @@ std::tuple<Tensor, Tensor> by_planes_backward(const Tensor& grad_output, const T
   Tensor grad_input, grad_weight;
   if (needs_input)
     grad_input = scattered(each_product(weight.flatten(1).t(), dy).unflatten(2, seen.sizes().slice(2)), x.sizes(), g);
-  if (needs_weight)
-    grad_weight = dy.size(0) < kFewPieces ? grad_weight_by_rows(grad_output, seen, weight)
-                                          : at::bmm(dy, planes(seen).transpose(1, 2)).sum(0).view(weight.sizes());
+  if (needs_weight) grad_weight = block_product(dy, planes(seen).transpose(1, 2)).sum(0).view(weight.sizes());
   return {grad_input, grad_weight};
 }
 
@@ -205,7 +209,7 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   const bool winograd = suits_winograd(x.sizes(), weight.sizes(), g, /*large=*/given == Format::ChannelsLast);
   // In float32 blocks of channels are faster for few pixels, and where a depthwise layer consists of them. But with
   // groups the library's results in blocks depend on the number of threads.
-  const bool depthwise = g.groups > 1 && g.groups == x.size(1);
+  const bool depthwise = g.groups > 1 && g.groups == x.size(1) && g.groups == weight.size(0);
   const bool blocks = depthwise && g.groups % 16 == 0, few = g.groups == 1 && pixels <= 16;
   const bool small = pixels < 256 && (depthwise || g.groups == 1);
   const Format library = few ? Format::Contiguous : small || blocks ? given : Format::ChannelsLast;
@@ -221,14 +225,17 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
 }  // namespace
 
 bool beats_fused_inference(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  if (x.numel() > 0 && library_splits_sums(x.sizes(), x, weight, g, /*adjoint=*/false)) return true;
   if (!has_plan(x) || weight.numel() == 0) return false;
   const Plan p = plan(x, weight, g);
   return p.winograd || (p.given == Format::Contiguous && (p.planes || p.rows));
 }
 
 bool turns_to_channels_last(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  return has_plan(x) && x.scalar_type() == at::kBFloat16 && g.groups == 1 && !channels_last(x) &&
-         !channels_last(weight) && x.numel() >= c10::multiply_integers(g.output_sizes(x.sizes(), weight.sizes()));
+  if (!has_plan(x) || channels_last(x) || channels_last(weight)) return false;
+  if (x.scalar_type() == at::kFloat)  // otherwise sums of groups depend on the number of threads
+    return g.groups > 1 && g.groups != weight.size(0) && (weight.size(0) / g.groups % 8 || weight.size(1) % 8);
+  return g.groups == 1 && x.numel() >= c10::multiply_integers(g.output_sizes(x.sizes(), weight.sizes()));
 }
 
 Tensor planned_convolve(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {

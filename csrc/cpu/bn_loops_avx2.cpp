@@ -9,6 +9,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 namespace convbn::avx2 {
+enum { kWordBytes = 32 };
 #include "bn_loops.inl"
 }  // namespace convbn::avx2
 #if defined(__clang__)

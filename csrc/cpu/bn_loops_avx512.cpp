@@ -12,6 +12,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 namespace convbn::avx512 {
+enum { kWordBytes = 64 };
 #include "bn_loops.inl"
 }  // namespace convbn::avx512
 #if defined(__clang__)

@@ -2,6 +2,7 @@
 #include "bn_loops.h"
 
 namespace convbn::baseline {
+enum { kWordBytes = 16 };
 #include "bn_loops.inl"
 }  // namespace convbn::baseline
 

@@ -33,7 +33,7 @@ CONVBN_INLINE void depthwise_results(const DepthwiseTaps<acc>& taps, int64_t i, 
 template <int columns, typename acc, typename scalar_t>
 CONVBN_INLINE void depthwise_stretch(const DepthwiseTaps<acc>& taps, int64_t source_step, const acc* weight,
                                      scalar_t* out, int64_t out_step, int64_t n, int64_t channels) {
-  enum { many = kWordBytes / 8 };
+  enum { many = 8 };
   for_each_channel_vector<acc>(channels, [=, &taps](int64_t c, int k) __attribute__((always_inline)) {
     const auto results = [=, &taps]<int count>(int64_t q) __attribute__((always_inline)) {
       depthwise_results<count, columns>(taps, q * source_step + c, source_step, weight + c, out + q * out_step + c,
@@ -59,7 +59,7 @@ void depthwise_row(const DepthwiseTaps<acc>& taps, int64_t source_step, const ac
 template <int columns, typename acc>
 CONVBN_INLINE void depthwise_tap_sums(const acc* source, const int64_t* column, const int64_t* at, int64_t source_step,
                                       const acc* grad, int64_t grad_step, int64_t n, acc* sums, int k) {
-  enum { chains = kWordBytes / 16 };
+  enum { chains = 4 };
   vec<acc> sum[chains][columns] = {};
   const acc* from[columns];
   for (int j = 0; j < columns; ++j) from[j] = source + column[j];

@@ -1,11 +1,12 @@
-// 64-byte vectors by compiler extension: the same source becomes SSE, AVX2, AVX-512 or NEON code. Included inside a
-// namespace and a target region, so it includes nothing itself.
+// Vectors of one register, kWordBytes, by compiler extension: the same source becomes SSE, AVX2, AVX-512 or NEON code.
+// (What is wider than a register GCC compares and selects by way of memory.) Included inside a namespace and a target
+// region, so it includes nothing itself.
 
-typedef float f32v __attribute__((vector_size(64)));
-typedef double f64v __attribute__((vector_size(64)));
-typedef uint32_t u32v __attribute__((vector_size(64)));
-typedef int32_t i32v __attribute__((vector_size(64)));
-typedef uint16_t u16v __attribute__((vector_size(32)));
+typedef float f32v __attribute__((vector_size(kWordBytes)));
+typedef double f64v __attribute__((vector_size(kWordBytes)));
+typedef uint32_t u32v __attribute__((vector_size(kWordBytes)));
+typedef int32_t i32v __attribute__((vector_size(kWordBytes)));
+typedef uint16_t u16v __attribute__((vector_size(kWordBytes / 2)));
 
 #define CONVBN_INLINE inline __attribute__((always_inline))
 
@@ -22,7 +23,7 @@ struct vector_of<double> {
 template <typename scalar_t>
 using vec = typename vector_of<acc_t<scalar_t>>::type;
 template <typename scalar_t>
-constexpr int kLanes = 64 / sizeof(acc_t<scalar_t>);
+constexpr int kLanes = kWordBytes / sizeof(acc_t<scalar_t>);
 
 // ---- memory: k lanes, the rest are zero; k is the constant kLanes in all but the last step of a row ----
 
@@ -155,10 +156,10 @@ CONVBN_INLINE f32v erf(f32v x) {
 }
 
 CONVBN_INLINE f64v exp(f64v x) {
-  for (int i = 0; i < 8; ++i) x[i] = __builtin_exp(x[i]);
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
 CONVBN_INLINE f64v erf(f64v x) {
-  for (int i = 0; i < 8; ++i) x[i] = __builtin_erf(x[i]);
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_erf(x[i]);
   return x;
 }

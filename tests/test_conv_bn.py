@@ -67,8 +67,10 @@ def test_inference_activations(activation, residual, memory_format, dtype):
 @pytest.mark.parametrize("shape", [(2, 16, 20, 20), (2, 64, 160, 160)], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_inference_of_contiguous_images_with_a_stride(shape, dtype):
-    """In bfloat16 by way of channels_last."""
+    """By way of channels_last."""
     case = Case(shape, (8, shape[1], 3, 3), training=False, activation="relu", residual=False, padding=1, stride=2)
+    if dtype == torch.float32:  # of the case's small dyadic numbers all sums are exact, but not those of folded weights
+        case.tensors["weight"] = (case.tensors["weight"] / 3).float().double()
     with torch.no_grad():
         exact, theirs, ours = case.eager(torch.float64)[0], case.eager(dtype)[0], case.ours(dtype)[0]
     assert_as_accurate(ours, theirs, exact, dtype, "out")
@@ -240,6 +242,8 @@ def test_threads_do_not_change_a_bit(size, layout):
 )
 def test_adjoints_for_which_the_library_has_no_vector_code(dtype, channels, geometry, expected):
     """They are left to its float32."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        expected = "float"
     x = torch.randn(2, 8, 9, 9, device="cpu").to(dtype).requires_grad_()
     w = torch.randn(8, channels, 3, 3, device="cpu").to(dtype).requires_grad_()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:

@@ -50,11 +50,14 @@ def test_as_accurate_as_torch(name, dtype, layout):
 
 
 def training_step(x, weight, grad, **geometry):
-    """Output and gradients of one layer."""
+    """Output and gradients of one layer in training, and its output in evaluation."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     out = cb.conv_bn(x, weight, training=True, activation="silu", **geometry)
     out.backward(grad.expand_as(out))
-    return out.detach(), x.grad, weight.grad
+    zeros, ones = weight.new_zeros(len(weight)), weight.new_ones(len(weight))
+    with torch.no_grad():
+        seen = cb.conv_bn(x, weight, running_mean=zeros, running_var=ones, activation="relu", **geometry)
+    return out.detach(), x.grad, weight.grad, seen
 
 
 @cases
@@ -66,7 +69,8 @@ def test_memory_formats_are_those_of_torch(name, dtype, layout):
         layout = "contiguous"
     x = torch.randn(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
     weight = torch.randn(weight_shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
-    out, grad_input, grad_weight = training_step(x, weight, torch.ones((), dtype=dtype), **geometry)
+    out, grad_input, grad_weight, seen = training_step(x, weight, torch.ones((), dtype=dtype), **geometry)
+    assert seen.is_contiguous(memory_format=LAYOUTS[layout])
     assert out.is_contiguous(memory_format=LAYOUTS[layout])
     assert grad_input.is_contiguous(memory_format=LAYOUTS[layout])
     assert grad_weight.is_contiguous(memory_format=LAYOUTS[layout])
@@ -108,6 +112,17 @@ THREADS = CASES | {
     "groups in blocks": ((4, 32, 7, 6), (128, 4, 3, 3), {"groups": 8, "stride": 2}),
     "groups of one tap": ((8, 36, 9, 9), (36, 3, 1, 1), {"groups": 12}),
     "1-d": ((2, 6, 147), (9, 2, 3), {"groups": 3, "padding": 2, "padding_mode": "circular"}),
+    "stride and dilation": ((16, 16, 12, 32), (64, 16, 3, 3), {"stride": 2, "dilation": (2, 1)}),
+    "a stride, images that three threads cannot share": ((4, 64, 34, 24), (48, 64, 3, 3), {"stride": 2, "padding": 1}),
+    "dilation, one image": ((1, 64, 16, 35), (32, 64, 5, 3), {"padding": (0, 1), "dilation": (1, 2)}),
+    "pixels beside the image": ((8, 15, 13, 19), (7, 15, 5, 1), {"padding": (2, 1)}),
+    "groups of 8 to 16 channels, one image": ((1, 64, 8, 36), (128, 32, 3, 3), {"groups": 2}),
+    "strided groups": ((8, 128, 19, 33), (128, 8, 5, 3), {"groups": 16, "stride": (2, 1), "padding": 1}),
+    "groups of other channels": ((2, 8, 13, 5), (80, 2, 3, 3), {"groups": 4, "padding": 1}),
+    "groups of one channel to four": ((2, 8, 4, 38), (32, 1, 3, 1), {"groups": 8, "padding": (1, 0)}),
+    "1x1, one image": ((1, 64, 40, 40), (96, 64, 1, 1), {}),
+    "linear": ((300, 200), (70, 200), {}),
+    "linear, one feature": ((4096, 3000), (1, 3000), {}),
     "3-d, one small image": ((1, 96, 10, 8, 8), (12, 96, 3, 3, 3), {"stride": 2, "padding": 1}),
     "3-d, one tap in a plane": ((2, 24, 13, 16, 18), (8, 24, 5, 1, 1), {"padding": (2, 0, 0)}),
 }

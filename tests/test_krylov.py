@@ -102,9 +102,12 @@ for dtype in (torch.float32, torch.float64, torch.complex128):
 
 
 def test_every_instruction_set_gives_the_same_solution():
-    """The suite's machine may have AVX-512; the loops for AVX2 and for none are run by lowering torch's capability."""
+    """The loops for fewer instructions than the machine has are run by lowering torch's capability."""
     outputs = {}
-    for capability in ("default", "avx2", "avx512"):
+    capabilities = ["default", "avx2", "avx512"]
+    if not torch.cpu._is_avx512_supported():
+        capabilities.remove("avx512")  # torch would believe it
+    for capability in capabilities:
         env = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
         run = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", _CAPABILITY], env=env, capture_output=True, text=True, check=True

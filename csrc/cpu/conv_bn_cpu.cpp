@@ -145,9 +145,10 @@ struct CpuKernels {
                       const ConvBnOptions& options) {
     const auto output_sizes = options.geometry.output_sizes(input.sizes(), weight.sizes());
     if (library_needs_float(input, weight.sizes(), output_sizes)) {
-      if (!fuses(at::empty_like(input, at::kFloat), weight, residual.has_value(), options)) return {};
+      const Tensor w = weight.to(at::kFloat);
+      if (!fuses(at::empty_like(input, at::kFloat), w, residual.has_value(), options)) return {};
       const OptionalTensor added = residual ? OptionalTensor(residual->to(at::kFloat)) : std::nullopt;
-      return infer(input.to(at::kFloat), weight.to(at::kFloat), bn, added, options).to(input.scalar_type());
+      return infer(input.to(at::kFloat), w, bn, added, options).to(input.scalar_type());
     }
     if (!fuses(input, weight, residual.has_value(), options)) return {};
     const int64_t rows = weight.size(0), row = weight.numel() / rows;

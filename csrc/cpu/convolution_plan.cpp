@@ -40,9 +40,19 @@ bool channels_last(const Tensor& t) { return t.suggest_memory_format() == Format
 
 constexpr int64_t kSmallImage = 20480;  // values (of a column, in 3-d), up to which torch does not call oneDNN
 
-// Where torch's sums depend on the number of threads: in its own algorithm (float64, a small image by itself) and in
-// oneDNN's for one axis, pixels that meet only padding, dx of a dilation, of a stride or one image where channels are
-// not blocks of 16, of one image with a stride, and y in blocks of channels that are not whole.
+bool wide_vectors() {
+#if defined(__x86_64__)
+  static const bool avx512 = __builtin_cpu_supports("avx512f");
+  return avx512;
+#else
+  return false;
+#endif
+}
+
+// Where torch's sums were seen to depend on the number of threads: in its own algorithm (float64, a small image by
+// itself) and in oneDNN's for one axis, pixels that meet only padding, y in blocks of channels that are not whole, and
+// dx of a dilation, a stride or one image. Those of a stride or one image do not if channels are blocks of 16, with
+// AVX-512; those of narrow groups do not in any case.
 bool library_splits_sums(IntArrayRef x, const Tensor& data, const Tensor& weight, const ConvGeometry& g, bool adjoint) {
   const auto type = weight.scalar_type();
   if (!weight.is_cpu() || (type != at::kFloat && type != at::kDouble) || weight.numel() == 0) return false;
@@ -59,8 +69,13 @@ bool library_splits_sums(IntArrayRef x, const Tensor& data, const Tensor& weight
   const bool small = g.axes() > 1 && g.groups == 1 && one && c10::multiply_integers(x.slice(0, 4)) <= kSmallImage;
   if (g.axes() == 1 || small) return true;
   const auto whole = [&](int64_t block) { return to % block == 0 && from % block == 0; };
-  if (adjoint) return dilated || (one && strided) || ((one || strided) && !whole(16));
-  return g.groups == 1 && g.axes() == 2 && !channels_last(data) && !whole(8);
+  if (adjoint) {
+    const bool narrow = g.axes() == 2 && g.groups > 1 && to == 4 && from == 4 && !one;
+    return dilated || (strided && !narrow && !(wide_vectors() && whole(16) && !one)) ||
+           (one && !(whole(16) && (wide_vectors() || g.groups == 1)));
+  }
+  const bool image = (from == 1 || from == 3) && to % 16 == 0;  // for which the library has kernels
+  return g.groups == 1 && g.axes() == 2 && !channels_last(data) && !whole(8) && !image;
 }
 
 // With one thread torch convolves few images with a kernel of one tap by an algorithm of its own, if the taps lie side
@@ -233,8 +248,11 @@ bool beats_fused_inference(const Tensor& x, const Tensor& weight, const ConvGeom
 
 bool turns_to_channels_last(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   if (!has_plan(x) || channels_last(x) || channels_last(weight)) return false;
-  if (x.scalar_type() == at::kFloat)  // otherwise sums of groups depend on the number of threads
-    return g.groups > 1 && g.groups != weight.size(0) && (weight.size(0) / g.groups % 8 || weight.size(1) % 8);
+  const int64_t to = weight.size(0) / g.groups, from = weight.size(1);
+  if (x.scalar_type() == at::kFloat) {
+    if (g.groups == 1) return from > 4 && plan(x, weight, g).format == Format::ChannelsLast;
+    return g.groups != weight.size(0) && (to % 8 || from % 8);  // otherwise sums depend on the number of threads
+  }
   return g.groups == 1 && x.numel() >= c10::multiply_integers(g.output_sizes(x.sizes(), weight.sizes()));
 }
 

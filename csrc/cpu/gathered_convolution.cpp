@@ -145,8 +145,8 @@ class Gather {
   }
 };
 
-// w_t (groups, taps, from, columns), the columns padded with zeros to whole cache lines, an odd number of which does
-// not let rows push each other out of the cache
+// w_t (groups, taps, from, columns), the columns padded with zeros to an odd number of cache lines, so that rows do not
+// push each other out of the cache
 Tensor packed(const Tensor& weight, int64_t groups, bool adjoint) {
   const int64_t out = weight.size(0) / groups, in = weight.size(1), taps = weight.numel() / weight.size(0) / in;
   const Tensor w = to_format(weight.reshape({groups, out, in, taps}).view({groups * out, in, taps, 1}),
@@ -157,7 +157,7 @@ Tensor packed(const Tensor& weight, int64_t groups, bool adjoint) {
                                  .permute({0, 2, 3, 1})
                                  .view({groups, taps, in, out});
   const int64_t lanes = kLineBytes / weight.element_size();
-  return at::constant_pad_nd(t, {0, pieces(t.size(3), lanes) * lanes - t.size(3)}).contiguous();
+  return at::constant_pad_nd(t, {0, (pieces(t.size(3), lanes) | 1) * lanes - t.size(3)}).contiguous();
 }
 
 template <class T>
@@ -166,9 +166,10 @@ Tensor product_of(const Tensor& given, const Tensor& weight, IntArrayRef x_sizes
   static const auto multiply = best_of(&baseline::add_products<T>, &avx2::add_products<T>, &avx512::add_products<T>);
   const Tensor data = to_format(given, last_format(g.axes())), w = packed(weight, g.groups, adjoint);
   const Gather gather(x_sizes, y_sizes, weight.sizes(), g, adjoint);
-  const int64_t taps = w.size(1), from = w.size(2), columns = w.size(3), all = data.size(1);
+  const int64_t taps = w.size(1), from = w.size(2), row = w.size(3), all = data.size(1);
   const auto chunks = gather.chunks(from);
-  const int64_t to = weight.numel() / taps / from / g.groups;
+  const int64_t to = weight.numel() / taps / from / g.groups, word = best_of(16, 32, 64) / sizeof(T);
+  const int64_t columns = pieces(to, word) * word;
   // blocks of columns
   const int64_t count = chunks.size() * g.groups, strip = kStripBytes / sizeof(T);
   const int64_t width = pieces(pieces(columns, strip), pieces(kUnits, count)) * strip, blocks = pieces(columns, width);
@@ -188,7 +189,7 @@ Tensor product_of(const Tensor& given, const Tensor& weight, IntArrayRef x_sizes
       A.clear(), B.clear();
       for (const Index& t : chunk.phase->taps) {
         A.push_back(copy);
-        B.push_back(matrices + (group * taps + gather.tap(t)) * from * columns + first);
+        B.push_back(matrices + (group * taps + gather.tap(t)) * from * row + first);
         for (const Run& run : runs) {
           gather.copy(run, t, in + group * from, all, from, copy);
           copy += run.count * from;
@@ -196,13 +197,13 @@ Tensor product_of(const Tensor& given, const Tensor& weight, IntArrayRef x_sizes
       }
       const int64_t some = std::max<int64_t>(1, kDepth / from), terms = A.size();
       for (int64_t i = 0; i < std::max<int64_t>(1, terms); i += some)
-        multiply(A.data() + i, B.data() + i, std::min(some, terms - i), from, 1, columns, from, product, here,
-                 chunk.count, here, i > 0);
-      const T* row = product;
+        multiply(A.data() + i, B.data() + i, std::min(some, terms - i), from, 1, row, from, product, here, chunk.count,
+                 here, i > 0);
+      const T* sums = product;
       for (const Run& run : runs)
-        for (int64_t i = 0; i < run.count; ++i, row += here)
+        for (int64_t i = 0; i < run.count; ++i, sums += here)
           std::copy_n(
-              row, wanted,
+              sums, wanted,
               result + (gather.first_pixel(run) + i * gather.pixel_step()) * to * g.groups + group * to + first);
     }
   });

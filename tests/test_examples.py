@@ -42,7 +42,7 @@ def test_binary_classifier():
 
 
 def test_resnet18_on_crops(capsys):
-    assert load("resnet18").main(["--epochs", "12", "--width", "4"]) > 0.9  # after 6 roundings decide
+    assert load("resnet18").main(["--epochs", "8", "--width", "8"]) > 0.9  # narrower or shorter, roundings decide
     assert "fused 20 of 20 Conv+BN pairs" in capsys.readouterr().out
 
 

@@ -135,7 +135,7 @@ def test_samples_do_not_depend_on_each_other():
     ],
 )
 def test_which_layers_take_it(taken, layout, shape, weight, geometry):
-    """What is taken reaches neither torch's convolution nor our products on gathered pixels, which pad their weights."""
+    """What is taken reaches neither torch's convolution nor our products on gathered pixels (they pad weights)."""
     x = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     w = torch.randn(weight).requires_grad_()
     with profile(activities=[ProfilerActivity.CPU]) as record:

@@ -43,8 +43,8 @@ struct Convolution {
 at::Tensor pad(const at::Tensor& x, const ConvGeometry& geometry);
 at::Tensor pad_adjoint(const at::Tensor& grad, at::IntArrayRef input_sizes, const ConvGeometry& geometry);
 
-// Whether a convolution in a 16-bit type on the CPU must be computed in float32: torch's is wrong there, or has no vector
-// code for this machine.
+// Whether a convolution in a 16-bit type on the CPU must be computed in float32: torch's is wrong there, or has no
+// vector code for this machine.
 bool library_needs_float(const at::Tensor& like, at::IntArrayRef weight_sizes, at::IntArrayRef output_sizes);
 // The padding that is left to the library: one number per axis, zero when pad() has done the work.
 std::vector<int64_t> library_padding(const ConvGeometry& geometry);

@@ -230,6 +230,23 @@ def test_threads_do_not_change_a_bit(size, layout):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "weight"), [((3, 8, 9, 9), (8, 8, 3, 3)), ((6, 8), (5, 8))], ids=["2-d", "linear"])
+def test_without_vector_code_layers_are_computed_in_float32(dtype, training, shape, weight):
+    """As on a CPU without AVX-512; switching oneDNN off has the same effect."""
+    case = Case(shape, weight, training=training)
+    with torch.backends.mkldnn.flags(enabled=False), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as p:
+        ours = case.ours(dtype)
+        ours[0].backward(case.grad.to(dtype))
+    products = [e for e in p.profiler.kineto_results.events() if e.name() in ("aten::convolution", "aten::mm")]
+    assert {e.dtypes()[0] for e in products} == {"float"}
+    exact = case.eager(torch.float64)
+    exact[0].backward(case.grad)
+    assert error(ours[0], exact[0]) < 4 * torch.finfo(dtype).eps
+    assert error(ours[1]["weight"].grad, exact[1]["weight"].grad) < 20 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize(
     ("dtype", "channels", "geometry", "expected"),
     [

@@ -11,7 +11,7 @@
 //
 //   Everything else: our AMX kernels want channels_last; the library computes in channels_last or in blocks of 16
 //   channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does. Where its
-//   results depend on the number of threads we take our own: dw, float64, and see library_splits_sums.
+//   results depend on the number of threads we take our own: dw, and see library_sums.h.
 //
 // Every way takes and gives the memory format that torch's convolution would.
 #include "../convolution_plan.h"
@@ -22,6 +22,7 @@
 #include "convolution_amx.h"
 #include "gathered_convolution.h"
 #include "grad_weight.h"
+#include "library_sums.h"
 #include "memory_format.h"
 #include "narrow.h"
 #include "winograd.h"
@@ -38,46 +39,6 @@ bool channels_last(const Tensor& t) { return t.suggest_memory_format() == Format
 
 // ---- in the memory format that the arguments have: our own kernels or the library's ----
 
-constexpr int64_t kSmallImage = 20480;  // values (of a column, in 3-d), up to which torch does not call oneDNN
-
-bool wide_vectors() {
-#if defined(__x86_64__)
-  static const bool avx512 = __builtin_cpu_supports("avx512f");
-  return avx512;
-#else
-  return false;
-#endif
-}
-
-// Where torch's sums were seen to depend on the number of threads: in its own algorithm (float64, a small image by
-// itself) and in oneDNN's for one axis, pixels that meet only padding, y in blocks of channels that are not whole, and
-// dx of a dilation, a stride or one image. Those of a stride or one image do not if channels are blocks of 16, with
-// AVX-512; those of narrow groups do not in any case.
-bool library_splits_sums(IntArrayRef x, const Tensor& data, const Tensor& weight, const ConvGeometry& g, bool adjoint) {
-  const auto type = weight.scalar_type();
-  if (!weight.is_cpu() || (type != at::kFloat && type != at::kDouble) || weight.numel() == 0) return false;
-  if (type == at::kDouble) return true;
-  const int64_t to = weight.size(0) / g.groups, from = weight.size(1);
-  if (g.groups > 1 && to == 1 && from == 1) return false;
-  const auto other = [](IntArrayRef values) {
-    return std::any_of(values.begin(), values.end(), [](int64_t v) { return v != 1; });
-  };
-  const auto padding = library_padding(g);
-  for (int64_t i = 0; i < g.axes(); ++i)
-    if (padding[i] > (weight.size(i + 2) - 1) * g.dilation[i]) return true;
-  const bool one = x[0] == 1, strided = other(g.stride), dilated = other(g.dilation);
-  const bool small = g.axes() > 1 && g.groups == 1 && one && c10::multiply_integers(x.slice(0, 4)) <= kSmallImage;
-  if (g.axes() == 1 || small) return true;
-  const auto whole = [&](int64_t block) { return to % block == 0 && from % block == 0; };
-  if (adjoint) {
-    const bool narrow = g.axes() == 2 && g.groups > 1 && to == 4 && from == 4 && !one;
-    return dilated || (strided && !narrow && !(wide_vectors() && whole(16) && !one)) ||
-           (one && !(whole(16) && (wide_vectors() || g.groups == 1)));
-  }
-  const bool image = (from == 1 || from == 3) && to % 16 == 0;  // for which the library has kernels
-  return g.groups == 1 && g.axes() == 2 && !channels_last(data) && !whole(8) && !image;
-}
-
 // With one thread torch convolves few images with a kernel of one tap by an algorithm of its own, if the taps lie side
 // by side. One tap does not care where the next would be.
 std::vector<int64_t> library_dilation(const Tensor& weight, const ConvGeometry& g) {
@@ -87,8 +48,7 @@ std::vector<int64_t> library_dilation(const Tensor& weight, const ConvGeometry& 
 }
 
 Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  if (x.numel() > 0 && library_splits_sums(x.sizes(), x, weight, g, /*adjoint=*/false))
-    return convolve_gathered(x, weight, g);
+  if (output_depends_on_threads(x.sizes(), x, weight, g)) return convolve_gathered(x, weight, g);
   if (takes_convolve_amx(x, weight, x.sizes(), g.output_sizes(x.sizes(), weight.sizes()), g))
     return convolve_amx(x, weight, g);
   const std::vector<int64_t> zero(g.axes(), 0);
@@ -98,11 +58,10 @@ Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
 
 std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                            const ConvGeometry& g, bool needs_input, bool needs_weight) {
-  const bool splits = x.numel() > 0 && grad_output.numel() > 0 &&
-                      library_splits_sums(x.sizes(), grad_output, weight, g, /*adjoint=*/true);
+  const bool depends = grad_input_depends_on_threads(x.sizes(), weight, g);
   const auto input_by = !needs_input                                                 ? nullptr
                         : takes_grad_input_narrow(grad_output, weight, x.sizes(), g) ? grad_input_narrow
-                        : splits                                                     ? grad_input_gathered
+                        : depends                                                    ? grad_input_gathered
                         : takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g) ? grad_input_amx
                                                                                                      : nullptr;
   const auto weight_by = needs_weight && takes_own_grad_weight(grad_output, x) ? own_grad_weight : nullptr;
@@ -240,7 +199,7 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
 }  // namespace
 
 bool beats_fused_inference(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
-  if (x.numel() > 0 && library_splits_sums(x.sizes(), x, weight, g, /*adjoint=*/false)) return true;
+  if (output_depends_on_threads(x.sizes(), x, weight, g)) return true;
   if (!has_plan(x) || weight.numel() == 0) return false;
   const Plan p = plan(x, weight, g);
   return p.winograd || (p.given == Format::Contiguous && (p.planes || p.rows));

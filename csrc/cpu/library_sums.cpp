@@ -1,0 +1,80 @@
+#include "library_sums.h"
+
+#include <algorithm>
+
+namespace convbn {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+namespace {
+
+constexpr int64_t kSmallImage = 20480;  // values (of a column, in 3-d), up to which torch does not call oneDNN
+
+struct Layer {
+  int64_t to, from;  // channels of a group
+  bool grouped, one, strided, dilated;
+
+  Layer(IntArrayRef input, const Tensor& weight, const ConvGeometry& g)
+      : to(weight.size(0) / g.groups), from(weight.size(1)), grouped(g.groups > 1), one(input[0] == 1) {
+    const auto other = [](IntArrayRef values) {
+      return std::any_of(values.begin(), values.end(), [](int64_t v) { return v != 1; });
+    };
+    strided = other(g.stride), dilated = other(g.dilation);
+  }
+  bool whole(int64_t block) const { return to % block == 0 && from % block == 0; }
+  bool depthwise() const { return grouped && to == 1 && from == 1; }
+};
+
+bool has_avx512() {
+#if defined(__x86_64__)
+  static const bool has = __builtin_cpu_supports("avx512f");
+  return has;
+#else
+  return false;
+#endif
+}
+
+enum class Sums { fixed, depend, unknown };
+
+// What y and dx share: torch's own algorithm for float64 and for a small image by itself, and in oneDNN one axis, and
+// padding that reaches beyond the kernel.
+Sums of_either(const Layer& layer, IntArrayRef input, const Tensor& weight, const ConvGeometry& g) {
+  const auto type = weight.scalar_type();
+  if (!weight.is_cpu() || (type != at::kFloat && type != at::kDouble) || weight.numel() == 0) return Sums::fixed;
+  if (type == at::kDouble) return Sums::depend;
+  if (layer.depthwise()) return Sums::fixed;
+  if (g.axes() == 1) return Sums::depend;
+  const auto padding = library_padding(g);
+  for (int64_t i = 0; i < g.axes(); ++i)
+    if (padding[i] > (weight.size(i + 2) - 1) * g.dilation[i]) return Sums::depend;
+  const bool small = !layer.grouped && layer.one && c10::multiply_integers(input.slice(0, 4)) <= kSmallImage;
+  return small ? Sums::depend : Sums::unknown;
+}
+
+}  // namespace
+
+// Contiguous images are computed in blocks of 8 channels; for those of 1 or 3 oneDNN has kernels.
+bool output_depends_on_threads(IntArrayRef input, const Tensor& data, const Tensor& weight, const ConvGeometry& g) {
+  if (c10::multiply_integers(input) == 0) return false;
+  const Layer layer(input, weight, g);
+  const Sums either = of_either(layer, input, weight, g);
+  if (either != Sums::unknown) return either == Sums::depend;
+  const bool first = (layer.from == 1 || layer.from == 3) && layer.to % 16 == 0;
+  return !layer.grouped && g.axes() == 2 && data.suggest_memory_format() == at::MemoryFormat::Contiguous &&
+         !layer.whole(8) && !first;
+}
+
+bool grad_input_depends_on_threads(IntArrayRef input, const Tensor& weight, const ConvGeometry& g) {
+  if (c10::multiply_integers(input) == 0) return false;
+  const Layer layer(input, weight, g);
+  const Sums either = of_either(layer, input, weight, g);
+  if (either != Sums::unknown) return either == Sums::depend;
+  if (layer.dilated) return true;
+  const bool blocks = layer.whole(16);
+  if (layer.one) return layer.strided || !blocks || (layer.grouped && !has_avx512());
+  const bool fours = g.axes() == 2 && layer.grouped && layer.to == 4 && layer.from == 4;  // oneDNN has kernels
+  return layer.strided && !fours && !(blocks && has_avx512());
+}
+
+}  // namespace convbn

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
+
 namespace convbn::block {
 
 using at::Tensor;
@@ -30,16 +32,30 @@ Tensor Triangle::append(Tensor h, int64_t q) {
   return triangle;
 }
 
-Tensor Triangle::solve(int64_t steps, bool singular, double cutoff) const {
+Tensor Triangle::whole(int64_t steps) const {
   int64_t K = 0;
   for (int64_t j = 0; j < steps; ++j) K += R_[j].size(1);
-  const Tensor triangle = at::zeros({K, K}, G_.options()), g = G_.narrow(0, 0, K);
+  const Tensor triangle = at::zeros({K, K}, G_.options());
   int64_t column = 0;
   for (int64_t j = 0; j < steps; ++j) {
     triangle.narrow(1, column, R_[j].size(1)).narrow(0, 0, R_[j].size(0)).copy_(R_[j]);
     column += R_[j].size(1);
   }
-  return singular ? at::matmul(at::linalg_pinv(triangle, cutoff * double(K)), g)
+  return triangle;
+}
+
+// No entry of the diagonal needs to be small for that; if all are about as large, it is not.
+bool Triangle::singular(int64_t steps, double cutoff) const {
+  const Tensor triangle = whole(steps), diagonal = triangle.diagonal().abs();
+  if (diagonal.numel() == 0) return false;
+  if (diagonal.min().item<double>() > std::sqrt(cutoff) * diagonal.max().item<double>()) return false;
+  const Tensor sigma = at::linalg_svdvals(triangle);
+  return sigma.min().item<double>() <= cutoff * double(triangle.size(0)) * sigma.max().item<double>();
+}
+
+Tensor Triangle::solve(int64_t steps, bool singular, double cutoff) const {
+  const Tensor triangle = whole(steps), g = G_.narrow(0, 0, triangle.size(0));
+  return singular ? at::matmul(at::linalg_pinv(triangle, cutoff * double(triangle.size(0))), g)
                   : at::linalg_solve_triangular(triangle, g, /*upper=*/true);
 }
 

@@ -25,6 +25,9 @@ class Triangle {
   at::Tensor rest() const { return G_.narrow(0, columns_, G_.size(0) - columns_); }
   int64_t columns() const { return columns_; }
 
+  // Whether R, of the first `steps` blocks, is singular: its least singular value is at most K·cutoff of its largest.
+  bool singular(int64_t steps, double cutoff) const;
+
   // y (columns, S) of R y = G for the first `steps` blocks; with a singular R by its pseudo-inverse.
   at::Tensor solve(int64_t steps, bool singular, double cutoff) const;
 
@@ -32,6 +35,8 @@ class Triangle {
   at::Tensor residual() const;
 
  private:
+  at::Tensor whole(int64_t steps) const;  // R (K, K)
+
   at::Tensor G_;
   std::vector<at::Tensor> rotations_, R_;  // R_: block columns (K, p)
   std::vector<int64_t> offsets_;

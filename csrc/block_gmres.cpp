@@ -79,9 +79,9 @@ class BlockGmres final : public RestartLoop {
   }
 
   // M V y, or Z y; directions on which R is singular are left out.
-  Tensor expand(const block::Triangle& triangle, int64_t steps, const Tensor& basis) const {
+  Tensor expand(const block::Triangle& triangle, int64_t steps, const Tensor& basis) {
     if (steps == 0) return at::zeros_like(r_).to(dtype_);
-    const Tensor y = triangle.solve(steps, open_.front().singular, kNoise * eps_);
+    const Tensor y = triangle.solve(steps, settle_singular(triangle, steps), kNoise * eps_);
     const Tensor u = at::matmul(y.mT(), basis.narrow(0, 0, y.size(0)));
     return M_ && !options_.flexible ? M_->apply(u) : u;
   }

@@ -75,7 +75,7 @@ class DeviceBlockGmres final : public RestartLoop {
     }
     const int64_t steps = records.empty() ? 0 : report(at::stack(records).to(at::kDouble).cpu(), p);
     if (steps == 0) return at::zeros_like(r_);
-    const Tensor y = triangle.solve(steps, open_.front().singular, kNoise * eps_);
+    const Tensor y = triangle.solve(steps, settle_singular(triangle, steps), kNoise * eps_);
     const Tensor u = at::matmul(y.mT(), basis.narrow(0, 0, steps * p));
     return (M_ ? M_->apply(u) : u).to(b_.scalar_type()) * scale;
   }

@@ -113,6 +113,15 @@ class RestartLoop {
     return end != End::restart;
   }
 
+  // Whether R is singular on what the open systems share; an exhausted space may show it in no single step.
+  template <class Triangle>
+  bool settle_singular(const Triangle& triangle, int64_t steps) {
+    const System& s = open_.front();
+    const bool singular = s.singular || (s.end == End::exhausted && triangle.singular(steps, kNoise * eps_));
+    for (System& each : open_) each.singular = singular;
+    return singular;
+  }
+
   // Target of the recurrence in a cycle: below a few eps of its start it shows nothing but rounding.
   double cycle_target(const System& s) const { return std::max(s.target, 4 * eps_ * s.residual); }
 

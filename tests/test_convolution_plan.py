@@ -132,6 +132,9 @@ THREADS = CASES | {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @layouts
 def test_threads_do_not_change_a_bit(name, dtype, layout):
+    products = name.startswith("linear") or name == "1x1, one image"
+    if products and dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("products in bfloat16 are the library's, whose bits depend on the number of threads (README)")
     shape, weight_shape, geometry = THREADS[name]
     x = torch.randn(shape, dtype=dtype)
     if x.dim() == 4:

@@ -236,10 +236,11 @@ def test_threads_do_not_change_a_bit(size, layout):
 def test_without_vector_code_layers_are_computed_in_float32(dtype, training, shape, weight):
     """As on a CPU without AVX-512; switching oneDNN off has the same effect."""
     case = Case(shape, weight, training=training)
-    with torch.backends.mkldnn.flags(enabled=False), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as p:
+    record = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+    with torch.backends.mkldnn.flags(enabled=False), record:
         ours = case.ours(dtype)
         ours[0].backward(case.grad.to(dtype))
-    products = [e for e in p.profiler.kineto_results.events() if e.name() in ("aten::convolution", "aten::mm")]
+    products = [e for e in record.profiler.kineto_results.events() if e.name() in ("aten::convolution", "aten::mm")]
     assert {e.dtypes()[0] for e in products} == {"float"}
     exact = case.eager(torch.float64)
     exact[0].backward(case.grad)

@@ -62,7 +62,7 @@ std::vector<int64_t> ConvGeometry::output_sizes(IntArrayRef input_sizes, IntArra
 namespace {
 
 // oneDNN has vector code for 16-bit types where the CPU does (bfloat16: AVX-512; float16: its FP16). Elsewhere torch's
-// own loops run, which take 10 to 80 times as long as float32 with the conversions.
+// own loops run, which take many times as long as float32 with the conversions.
 bool library_has(at::ScalarType type) {
   const auto ask = [](const char* name) {
     const auto op = c10::Dispatcher::singleton().findSchema({name, ""});

@@ -44,7 +44,7 @@ Tensor Triangle::whole(int64_t steps) const {
   return triangle;
 }
 
-// No entry of the diagonal needs to be small for that; if all are about as large, it is not.
+// A diagonal of like entries is taken for that of a regular R, which spares most cycles the singular values.
 bool Triangle::singular(int64_t steps, double cutoff) const {
   const Tensor triangle = whole(steps), diagonal = triangle.diagonal().abs();
   if (diagonal.numel() == 0) return false;

@@ -143,12 +143,11 @@ struct CpuKernels {
   // The weight's rows are planes with a scale each.
   static Tensor infer(const Tensor& input, const Tensor& weight, const BnForward& bn, const OptionalTensor& residual,
                       const ConvBnOptions& options) {
-    const auto output_sizes = options.geometry.output_sizes(input.sizes(), weight.sizes());
-    if (library_needs_float(input, weight.sizes(), output_sizes)) {
-      const Tensor w = weight.to(at::kFloat);
-      if (!fuses(at::empty_like(input, at::kFloat), w, residual.has_value(), options)) return {};
+    if (library_needs_float(input, weight.sizes(), options.geometry.output_sizes(input.sizes(), weight.sizes()))) {
+      const auto unfilled = [](const Tensor& t) { return at::empty_like(t, at::kFloat); };
+      if (!fuses(unfilled(input), unfilled(weight), residual.has_value(), options)) return {};
       const OptionalTensor added = residual ? OptionalTensor(residual->to(at::kFloat)) : std::nullopt;
-      return infer(input.to(at::kFloat), w, bn, added, options).to(input.scalar_type());
+      return infer(input.to(at::kFloat), weight.to(at::kFloat), bn, added, options).to(input.scalar_type());
     }
     if (!fuses(input, weight, residual.has_value(), options)) return {};
     const int64_t rows = weight.size(0), row = weight.numel() / rows;

@@ -26,6 +26,7 @@ struct Layer {
   bool depthwise() const { return grouped && to == 1 && from == 1; }
 };
 
+// What oneDNN goes by: the CPU itself, not torch's choice (isa.h).
 bool has_avx512() {
 #if defined(__x86_64__)
   static const bool has = __builtin_cpu_supports("avx512f");

@@ -113,7 +113,7 @@ def cuda_architectures() -> list[str]:
 
 
 class Build(cpp_extension.BuildExtension):
-    """BuildExtension that also writes down which torch the library was built against."""
+    """BuildExtension that reads torch's headers once and writes down which torch the library was built against."""
 
     def run(self):
         kind = f"sanitize-{SANITIZE}" if SANITIZE else "debug" if DEBUG else "release"
@@ -130,6 +130,22 @@ CUDA_VERSION = {torch.version.cuda if WITH_CUDA else None!r}
 CUDA_ARCHITECTURES: list[str] = {cuda_architectures() if WITH_CUDA else []!r}
 '''
         )
+
+    def build_extension(self, ext):
+        """To read torch's headers takes longer than to compile what follows them: GCC can keep what it has read.
+
+        Where it finds other flags, or cannot do this, it reads csrc/torch_headers.h as ever.
+        """
+        flags = ext.extra_compile_args["cxx"]
+        header, precompiled = ROOT / "csrc" / "torch_headers.h", Path(self.build_temp) / "torch_headers.h.gch"
+        if not precompiled.exists() or precompiled.stat().st_mtime < max(map(os.path.getmtime, (header, __file__))):
+            precompiled.parent.mkdir(parents=True, exist_ok=True)
+            include = [f"-I{folder}" for folder in (*ext.include_dirs, *self.compiler.include_dirs)]
+            compiler = [*cpp_extension.get_cxx_compiler().split(), *self.compiler.compiler_so[1:], *include, *flags]
+            subprocess.run([*compiler, "-x", "c++-header", header, "-o", precompiled], check=False)
+        ext.include_dirs.insert(0, str(precompiled.parent))  # ahead of csrc: the first of the two that GCC meets
+        flags += ["-include", header.name]
+        super().build_extension(ext)
 
 
 WITH_CUDA = cuda_wanted()

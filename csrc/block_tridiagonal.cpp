@@ -9,7 +9,8 @@
 //   product
 // Pivoting happens inside a block only, so this is no backward stable solver: it is a preconditioner, made of matrix
 // products throughout. R = 1 is the dense inverse.  Rows that fill the last group up are identity rows.
-#include <torch/extension.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <memory>
 #include <utility>
@@ -34,7 +35,7 @@ struct BlockTridiagonalMap final : LinearMap {
         shape_(std::move(shape)),
         axis_(axis),
         rows_(rows) {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     InterruptCheck interrupt;
     for (int64_t r = 0; r < groups(); ++r) {
       interrupt();
@@ -51,7 +52,7 @@ struct BlockTridiagonalMap final : LinearMap {
   bool finite() const { return at::isfinite(inverse_.sum()).item<bool>(); }
 
   Tensor apply(const Tensor& b) const override {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const Tensor y = at::bmm(to_groups(b), inverse_.mT());
     for (int64_t r = 1; r < groups(); ++r) y[r].addmm_(y[r - 1], lower_[r].t(), 1, -1);
     for (int64_t r = groups() - 2; r >= 0; --r) y[r].addmm_(y[r + 1], upper_[r].t(), 1, -1);
@@ -59,7 +60,7 @@ struct BlockTridiagonalMap final : LinearMap {
   }
 
   Tensor apply_adjoint(const Tensor& b) const override {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const Tensor w = to_groups(b);
     for (int64_t r = 1; r < groups(); ++r) w[r].addmm_(w[r - 1], upper_[r - 1], 1, -1);
     for (int64_t r = groups() - 2; r >= 0; --r) w[r].addmm_(w[r + 1], lower_[r + 1], 1, -1);

@@ -8,7 +8,8 @@
 //   A⁻ᵀ b = t − Mᵀ Aᵀ Rᵀ u + Rᵀ u,  t = Mᵀ b,  u = K⁻ᵀ R t
 //
 // A border unknown is (channel group, position, channel in group); K is one matrix (b, b) per channel group.
-#include <torch/extension.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <memory>
@@ -31,7 +32,7 @@ struct BorderMap final : LinearMap {
   // rows (G·b,): place of each border unknown in a vector; K (G, b, b) contiguous, is overwritten.
   BorderMap(LinearMapPtr M, LinearMapPtr A, const Tensor& rows, const Tensor& K)
       : M_(std::move(M)), A_(std::move(A)), rows_(rows), LU_(K.mT()) {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     if (K.size(0) * K.size(1) * K.size(1) <= kAtOnce * kAtOnce) {
       std::tie(LU_, pivots_, std::ignore) = at::linalg_lu_factor_ex(LU_);
       return;
@@ -49,14 +50,14 @@ struct BorderMap final : LinearMap {
   }
 
   Tensor apply(const Tensor& b) const override {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const Tensor given = b.to(LU_.scalar_type()), t = M_->apply(given);
     const Tensor w = solve((A_->apply(t) - given).index_select(1, rows_), false);
     return (t - M_->apply(at::zeros_like(t).index_copy_(1, rows_, w))).to(b.scalar_type());
   }
 
   Tensor apply_adjoint(const Tensor& b) const override {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const Tensor t = M_->apply_adjoint(b.to(LU_.scalar_type()));
     const Tensor u = at::zeros_like(t).index_copy_(1, rows_, solve(t.index_select(1, rows_), true));
     return (t - M_->apply_adjoint(A_->apply_adjoint(u)) + u).to(b.scalar_type());

@@ -1,7 +1,7 @@
 // Two operators for Python without torch.ops: the same entries of the dispatcher, but arguments in registers and not
 // boxed by their schema, which costs a small layer more than its arithmetic.
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <string>
 

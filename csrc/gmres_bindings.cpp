@@ -1,6 +1,6 @@
 // gmres for Python: callables as linear maps, the options as keywords, the result as a read-only object.
 // The loop runs without the GIL; it is taken for Python callables and, now and then, to look for ctrl-C.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <memory>
 #include <string>

@@ -5,7 +5,8 @@
 // Vectors are images flattened in the order (C, *spatial). A map computes in the dtype of what it is given.
 #include "linear_map.h"
 
-#include <torch/extension.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <memory>
 #include <string>
@@ -40,14 +41,14 @@ struct ConvMap final : LinearMap {
   }
 
   Tensor apply(const Tensor& v) const override {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const Tensor input = v.reshape(input_sizes_), weight = weight_.to(v.scalar_type());
     const bool stencil = stencil_applies(input, weight, geometry_);
     return (stencil ? stencil_convolve : convolve)(input, weight, geometry_).flatten(1);
   }
 
   Tensor apply_adjoint(const Tensor& u) const override {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     auto input_sizes = input_sizes_;
     input_sizes[0] = u.size(0);
     const Tensor grad = u.reshape(output_sizes_);
@@ -77,7 +78,7 @@ struct CirculantMap final : LinearMap {
   Tensor apply_adjoint(const Tensor& u) const override { return multiply(adjoint_, u); }
 
   Tensor multiply(const Tensor& blocks, const Tensor& v) const {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const int64_t batch = v.size(0), F = blocks.size(0), G = blocks.size(1), out = blocks.size(2), in = blocks.size(3);
     const Tensor K = blocks.to(c10::toComplexType(v.scalar_type())).flatten(0, 1);  // (F·G, out, in)
     const Tensor spectrum = at::fft_rfftn(v.reshape(concat({batch, G * in}, spatial_)), {}, axes_);

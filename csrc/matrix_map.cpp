@@ -1,7 +1,7 @@
 // Explicit matrices as linear maps: DenseMap (m, n), and CsrMap with one dot product per row, row by row, so that the
 // result depends neither on the batch nor on the number of threads.
 #include <ATen/Parallel.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <memory>
 #include <utility>

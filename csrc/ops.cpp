@@ -1,6 +1,7 @@
 // Every operator of the package on one screen, and the Python module that carries them.
 // The backends (cpu/, cuda/) register their own implementations.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
 #include "cpu/amx.h"
 #include "cpu/pool.h"

@@ -17,7 +17,8 @@
 // on the other columns nor on the number of threads.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <torch/extension.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <cmath>
@@ -54,7 +55,7 @@ Tensor doubles(at::IntArrayRef sizes) { return at::empty(sizes, at::kDouble); }
 
 struct BlockLU final : LinearMap {
   BlockLU(std::shared_ptr<BlockPlan> plan, const Tensor& weight) : plan_(std::move(plan)) {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const Tensor w = weight.detach().to(at::kDouble).contiguous();
     const auto values = [&](const Rows& rows) {
       std::vector<double> result(rows.tap.size());
@@ -84,7 +85,7 @@ struct BlockLU final : LinearMap {
   Tensor solve_rows(const Tensor& b, bool transposed) const {
     TORCH_CHECK_VALUE(b.dim() == 2 && b.size(1) == plan_->n, "BlockLU: b must have shape (B, ", plan_->n, "), got ",
                       b.sizes());
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const Tensor given = b.to(at::kDouble).contiguous();
     const Tensor result = at::empty_like(given);
     const std::vector<double> zeros(plan_->n, 0.0), ones(plan_->n, 1.0);
@@ -113,7 +114,7 @@ struct BlockLU final : LinearMap {
   // Γ W z = x − b̂ for x (B, n): z ← round(z + W⁻¹ (Γ⁻¹ (x − b̂) − W z)) in x's dtype, with float64 residuals of that
   // rounded z, while a step gains a factor kGain. scale (Γ, no zeros) and offset (b̂) are (C_out,) float64.
   Solution solve(const Tensor& x, const Tensor& scale, const Tensor& offset, double rtol, double atol) const {
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const Tensor given = x.contiguous();
     const int64_t B = x.size(0);
     Solution out{at::empty_like(given), doubles({B}), at::zeros({B}, at::kLong), {}, {}, true};

@@ -1,10 +1,11 @@
-// Within a parallel region BLAS computes with one thread, so that a block has the same bits wherever it is computed.
+// A block has the same bits wherever it is computed, for one thread computes it.
 #include "block_product.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include "bn_blocks.h"
+#include "one_thread.h"
 
 namespace convbn {
 
@@ -12,20 +13,21 @@ using at::Tensor;
 
 namespace {
 
-constexpr int64_t kUnits = 16;           // of work, if the products are large enough
-constexpr int64_t kEdge = 64;            // of a block, at least
-constexpr int64_t kBlockSize = 1 << 19;  // multiply-adds in a block, at least
+constexpr int64_t kUnits = 16;               // of work, if the products are large enough
+constexpr int64_t kEdge = 64;                // of a block, at least
+constexpr int64_t kBlockSize = 1 << 19;      // multiply-adds in a block, at least
+constexpr int64_t kHalfBlockSize = 1 << 24;  // of 16-bit types: a call costs as much as some millions with AMX
 
 }  // namespace
 
 Tensor block_product(const Tensor& a, const Tensor& b) {
-  if (!a.is_cpu() || at::isReducedFloatingType(a.scalar_type()) || a.numel() == 0 || b.numel() == 0)
-    return at::matmul(a, b);
+  if (!a.is_cpu() || a.numel() == 0 || b.numel() == 0) return at::matmul(a, b);
   if (a.dim() == 2) return block_product(a.unsqueeze(0), b.unsqueeze(0)).squeeze(0);
   const int64_t S = a.size(0), M = a.size(1), K = a.size(2), N = b.size(2);
+  const int64_t least = at::isReducedFloatingType(a.scalar_type()) ? kHalfBlockSize : kBlockSize;
   int64_t height = M, width = N;
   const auto units_of = [&] { return S * pieces(M, height) * pieces(N, width); };
-  while (units_of() < kUnits && std::max(height, width) >= 2 * kEdge && height * width * K >= 2 * kBlockSize) {
+  while (units_of() < kUnits && std::max(height, width) >= 2 * kEdge && height * width * K >= 2 * least) {
     int64_t& edge = height > width ? height : width;
     edge = pieces(edge, 2 * kEdge) * kEdge;
   }
@@ -34,6 +36,7 @@ Tensor block_product(const Tensor& a, const Tensor& b) {
   // of a single block the second unit, which is empty, makes a region
   at::parallel_for(0, std::max<int64_t>(2, units), 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;  // threads of the region have a state of their own
+    const OneThread one_thread;
     for (int64_t unit = begin; unit < std::min(end, units); ++unit) {
       const int64_t i = unit / columns, s = i / pieces(M, height), m = i % pieces(M, height) * height;
       const int64_t n = unit % columns * width, rows = std::min(height, M - m), wide = std::min(width, N - n);

@@ -11,7 +11,8 @@
 //
 //   Everything else: our AMX kernels want channels_last; the library computes in channels_last or in blocks of 16
 //   channels, to which it brings a contiguous tensor anew in every call, more slowly than to_format does. Where its
-//   results depend on the number of threads we take our own: dw, and see library_sums.h.
+//   results depend on the number of threads we take our own, or give one thread at a time a part: dw, and see
+//   library_sums.h.
 //
 // Every way takes and gives the memory format that torch's convolution would.
 #include "../convolution_plan.h"
@@ -21,6 +22,7 @@
 #include "block_product.h"
 #include "convolution_amx.h"
 #include "gathered_convolution.h"
+#include "grad_input_by_images.h"
 #include "grad_weight.h"
 #include "library_sums.h"
 #include "memory_format.h"
@@ -59,9 +61,10 @@ Tensor direct(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
 std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tensor& x, const Tensor& weight,
                                            const ConvGeometry& g, bool needs_input, bool needs_weight) {
   const bool depends = grad_input_depends_on_threads(x.sizes(), weight, g);
-  const auto input_by = !needs_input                                                 ? nullptr
-                        : takes_grad_input_narrow(grad_output, weight, x.sizes(), g) ? grad_input_narrow
-                        : depends                                                    ? grad_input_gathered
+  const auto input_by = !needs_input                                                  ? nullptr
+                        : takes_grad_input_narrow(grad_output, weight, x.sizes(), g)  ? grad_input_narrow
+                        : depends && suits_grad_input_by_images(weight, x.sizes(), g) ? grad_input_by_images
+                        : depends                                                     ? grad_input_gathered
                         : takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g) ? grad_input_amx
                                                                                                      : nullptr;
   const auto weight_by = needs_weight && takes_own_grad_weight(grad_output, x) ? own_grad_weight : nullptr;
@@ -219,7 +222,7 @@ Tensor planned_convolve(const Tensor& x, const Tensor& weight, const ConvGeometr
   if (!has_plan(x) || weight.numel() == 0) return direct(x, weight, g);
   const Plan p = plan(x, weight, g);
   if (p.planes) return by_planes(x, weight, g);
-  if (p.rows) return to_format(from_rows(at::mm(rows(x), weight.flatten(1).t()), x), p.given);
+  if (p.rows) return to_format(from_rows(block_product(rows(x), weight.flatten(1).t()), x), p.given);
   if (p.winograd) return to_format(convolve_winograd(to_format(x, p.format), weight, g, p.large_tiles()), p.given);
   return to_format(direct(to_format(x, p.format), to_format(weight, p.format), g), p.given);
 }
@@ -240,7 +243,7 @@ std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, 
         direct_backward(dy, has_format ? to_format(x, p.format) : at::empty_like(x, p.format),
                         plain_input ? to_format(weight, p.format) : weight, g, plain_input, plain_weight);
   }
-  if (needs_input && p.rows) dx = from_rows(at::mm(rows(dy), weight.flatten(1)), dy);
+  if (needs_input && p.rows) dx = from_rows(block_product(rows(dy), weight.flatten(1)), dy);
   if (needs_weight && p.weight_rows) dw = grad_weight_by_rows(dy, to_format(met(x, g), p.format), weight);
   if (needs_input && p.winograd) dx = grad_input_winograd(dy, weight, x.sizes(), g, p.large_tiles());
   if (needs_weight && p.weight_winograd) {

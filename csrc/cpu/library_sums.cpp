@@ -74,8 +74,7 @@ bool grad_input_depends_on_threads(IntArrayRef input, const Tensor& weight, cons
   if (layer.dilated) return true;
   const bool blocks = layer.whole(16);
   if (layer.one) return layer.strided || layer.grouped || !blocks;
-  const bool fours = g.axes() == 2 && layer.grouped && layer.to == 4 && layer.from == 4;  // oneDNN has kernels
-  return layer.strided && !fours && !(blocks && has_avx512());
+  return layer.strided && !(blocks && has_avx512());
 }
 
 }  // namespace convbn

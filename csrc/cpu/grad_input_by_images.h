@@ -1,0 +1,15 @@
+// The library's dx of a few images at a time, each by one thread: the same bits whatever the number of threads.
+#pragma once
+#include "../convolution.h"
+
+namespace convbn {
+
+// Whether it is faster than grad_input_gathered: 1.4 to 1.9 times with groups of 8 channels, as fast or slower with
+// more.
+bool suits_grad_input_by_images(const at::Tensor& weight, at::IntArrayRef input_sizes, const ConvGeometry& geometry);
+
+// The geometry has no explicit padding; the memory format is the library's.
+at::Tensor grad_input_by_images(const at::Tensor& grad_output, const at::Tensor& weight, at::IntArrayRef input_sizes,
+                                const ConvGeometry& geometry);
+
+}  // namespace convbn

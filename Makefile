@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help venv build demo test lint format bench simt cuda asan clean
+.PHONY: help venv build demo test lint format bench simt cuda asan wide clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */\1|/' | column -t -s '|'
@@ -75,9 +75,14 @@ $(CUDA_VENV)/.ready: pyproject.toml
 	$(FIND_NVCC) || $(CUDA_BIN)/pip install --quiet nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85
 	touch $@
 
+# A copy of the working tree at $(1), which keeps its build.
+define copy_tree
+	mkdir -p $(1) && cd $(1) && rm -rf csrc convbn_ext tests
+	git ls-files --cached --others --exclude-standard | xargs -d '\n' ls -d 2>/dev/null | xargs -d '\n' cp -a --parents -t $(1)
+endef
+
 cuda: $(CUDA_VENV)/.ready  ## the CUDA build: four architectures, linked, its machine code checked, the CPU suite run in it
-	mkdir -p $(CUDA_TREE) && cd $(CUDA_TREE) && rm -rf csrc convbn_ext tests
-	git ls-files --cached --others --exclude-standard | xargs -d '\n' ls -d 2>/dev/null | xargs -d '\n' cp -a --parents -t $(CUDA_TREE)
+	$(call copy_tree,$(CUDA_TREE))
 	nvcc=$$($(FIND_NVCC) | head -1); \
 	  home=$$($$nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's|^#$$ _HERE_=\(.*\)/bin$$|\1|p'); \
 	  cd $(CUDA_TREE) && CUDA_HOME=$$home TORCH_CUDA_ARCH_LIST='$(CUDA_ARCHITECTURES)' $(CUDA_BIN)/python setup.py --quiet build_ext --inplace
@@ -88,11 +93,17 @@ ASAN_TESTS := $(foreach t,conv_bn conv_bn_arguments modules gmres block_gmres kr
 
 # gradcheck and hypothesis visit the same loops thousands of times: the fixed lists are enough here
 asan: venv  ## the CPU extension and its tests under the address and undefined-behaviour sanitizers
-	mkdir -p $(ASAN_TREE) && cd $(ASAN_TREE) && rm -rf csrc convbn_ext tests
-	git ls-files --cached --others --exclude-standard | xargs -d '\n' ls -d 2>/dev/null | xargs -d '\n' cp -a --parents -t $(ASAN_TREE)
+	$(call copy_tree,$(ASAN_TREE))
 	cd $(ASAN_TREE) && USE_CUDA=0 SANITIZE=address,undefined $(abspath $(PY)) setup.py --quiet build_ext --inplace
 	cd $(ASAN_TREE) && LD_PRELOAD="$(LIBASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(abspath $(PY)) -m pytest $(ASAN_TESTS) -k "not gradcheck and not any_shape and not compile and not opcheck"
+
+WIDE_TREE := build/wide
+
+wide: venv  ## the loops for AVX-512 on a CPU with AVX2: vectors of that width, without masked loads and stores
+	$(call copy_tree,$(WIDE_TREE))
+	cd $(WIDE_TREE) && USE_CUDA=0 EMULATE_AVX512=1 $(abspath $(PY)) setup.py --quiet build_ext --inplace
+	cd $(WIDE_TREE) && ATEN_CPU_CAPABILITY=avx2 $(abspath $(PY)) -m pytest $(ISA_TESTS)
 
 bench: build  ## timings against torch, SciPy and PETSc, as CSV and pictures in out/bench
 	$(PY) bench/bench_conv_bn.py --out out/bench

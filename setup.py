@@ -1,10 +1,11 @@
 """Build convbn_ext._C against the torch that is installed.
 
 Environment:
-    USE_CUDA=0   leave the CUDA kernels out although torch has CUDA
-    DEBUG=1      -O0 -g and assertions
-    SANITIZE=x   -O1 -g -fsanitize=x, for example address,undefined (`make asan` builds and runs that)
-    MAX_JOBS=n   compiler processes at once
+    USE_CUDA=0        leave the CUDA kernels out although torch has CUDA
+    DEBUG=1           -O0 -g and assertions
+    SANITIZE=x        -O1 -g -fsanitize=x, for example address,undefined (`make asan` builds and runs that)
+    EMULATE_AVX512=1  AVX-512's loops with AVX2's instructions, for a CPU without it (`make wide`)
+    MAX_JOBS=n        compiler processes at once
 """
 
 import importlib.util
@@ -92,7 +93,8 @@ def extension(with_cuda: bool):
     optimize = ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3", "-g0"]
     if SANITIZE:  # torch's own classes carry no type information for vptr
         optimize = ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr"]
-    cxx = ["-std=c++20", *optimize, *openmp, "-Wall", "-Wno-psabi", *fused_multiply_adds()]
+    emulate = ["-DCONVBN_EMULATE_AVX512"] if os.environ.get("EMULATE_AVX512", "0") == "1" else []
+    cxx = ["-std=c++20", *emulate, *optimize, *openmp, "-Wall", "-Wno-psabi", *fused_multiply_adds()]
     options = {
         "include_dirs": [str(ROOT / "csrc")],
         "extra_compile_args": {"cxx": cxx},

@@ -4,13 +4,13 @@
 // the two passes of its statistics. Blocks run on any thread; their results are merged in order, in float64, so nothing
 // depends on the number of threads.
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include "../batch_norm.h"
 #include "../conv_bn.h"
 #include "bn_cpu.h"
 #include "inference.h"
+#include "isa.h"
 #include "pool.h"
 #include "rows_convolution.h"
 #include "stream.h"
@@ -18,15 +18,12 @@
 namespace convbn {
 
 const BnLoopTables& loop_tables() {
-  static const BnLoopTables& tables = []() -> const BnLoopTables& {
 #if defined(__x86_64__)
-    const std::string capability = at::get_cpu_capability();
-    if (capability.rfind("AVX512", 0) == 0) return bn_loops_avx512;
-    if (capability.rfind("AVX2", 0) == 0) return bn_loops_avx2;
-#endif
-    return bn_loops_baseline;
-  }();
+  static const BnLoopTables& tables = *best_of(&bn_loops_baseline, &bn_loops_avx2, &bn_loops_avx512);
   return tables;
+#else
+  return bn_loops_baseline;
+#endif
 }
 
 namespace {

@@ -4,7 +4,7 @@ Environment:
     USE_CUDA=0        leave the CUDA kernels out although torch has CUDA
     DEBUG=1           -O0 -g and assertions
     SANITIZE=x        -O1 -g -fsanitize=x, for example address,undefined (`make asan` builds and runs that)
-    EMULATE_AVX512=1  AVX-512's loops with AVX2's instructions, for a CPU without it (`make wide`)
+    EMULATE_AVX512=1  AVX-512's loops with AVX2's instructions, for a CPU without it; GCC (`make wide`)
     MAX_JOBS=n        compiler processes at once
 """
 

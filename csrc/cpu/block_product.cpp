@@ -1,8 +1,7 @@
 // A block has the same bits wherever it is computed, for one thread computes it.
 #include "block_product.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <algorithm>
 
 #include "bn_blocks.h"
 #include "one_thread.h"
@@ -16,7 +15,7 @@ namespace {
 constexpr int64_t kUnits = 16;               // of work, if the products are large enough
 constexpr int64_t kEdge = 64;                // of a block, at least
 constexpr int64_t kBlockSize = 1 << 19;      // multiply-adds in a block, at least
-constexpr int64_t kHalfBlockSize = 1 << 24;  // of 16-bit types: a call costs as much as some millions with AMX
+constexpr int64_t kHalfBlockSize = 1 << 24;  // of 16-bit types, by estimate: with AMX a call costs some millions
 
 }  // namespace
 
@@ -33,16 +32,11 @@ Tensor block_product(const Tensor& a, const Tensor& b) {
   }
   const int64_t units = units_of(), columns = pieces(N, width);
   const Tensor out = at::empty({S, M, N}, a.options());
-  // of a single block the second unit, which is empty, makes a region
-  at::parallel_for(0, std::max<int64_t>(2, units), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;  // threads of the region have a state of their own
-    const OneThread one_thread;
-    for (int64_t unit = begin; unit < std::min(end, units); ++unit) {
-      const int64_t i = unit / columns, s = i / pieces(M, height), m = i % pieces(M, height) * height;
-      const int64_t n = unit % columns * width, rows = std::min(height, M - m), wide = std::min(width, N - n);
-      Tensor block = out[s].narrow(0, m, rows).narrow(1, n, wide);
-      at::mm_out(block, a[s].narrow(0, m, rows), b[s].narrow(1, n, wide));
-    }
+  each_by_one_thread(units, [&](int64_t unit) {
+    const int64_t i = unit / columns, s = i / pieces(M, height), m = i % pieces(M, height) * height;
+    const int64_t n = unit % columns * width, rows = std::min(height, M - m), wide = std::min(width, N - n);
+    Tensor block = out[s].narrow(0, m, rows).narrow(1, n, wide);
+    at::mm_out(block, a[s].narrow(0, m, rows), b[s].narrow(1, n, wide));
   });
   return out;
 }

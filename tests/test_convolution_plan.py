@@ -103,7 +103,8 @@ def test_views_and_expanded_gradients(name, layout):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
-# Whose sums torch shares among threads: one image, one axis, a stride, groups, blocks of channels that are not whole.
+# Whose sums torch shares among threads: one image, one axis, a stride, groups, blocks of channels that are not whole,
+# padding (with many threads).
 THREADS = CASES | {
     "one image with a stride": ((1, 64, 56, 56), (64, 64, 3, 3), {"stride": 2, "padding": 1}),
     "one small image, one output channel": ((1, 24, 21, 28), (1, 24, 3, 3), {"padding": 1}),
@@ -121,10 +122,17 @@ THREADS = CASES | {
     "strided groups": ((8, 128, 19, 33), (128, 8, 5, 3), {"groups": 16, "stride": (2, 1), "padding": 1}),
     "groups of other channels": ((2, 8, 13, 5), (80, 2, 3, 3), {"groups": 4, "padding": 1}),
     "groups of one channel to four": ((2, 8, 4, 38), (32, 1, 3, 1), {"groups": 8, "padding": (1, 0)}),
+    "a kernel of two columns": ((3, 24, 5, 15), (48, 24, 2, 2), {"padding": 1}),
+    "two columns of padding": ((2, 32, 5, 5), (28, 8, 5, 5), {"padding": 2, "stride": 2, "groups": 4}),
+    "padding and dilation": ((1, 60, 5, 9), (128, 15, 5, 5), {"padding": (0, 2), "dilation": (1, 2), "groups": 4}),
+    "dx of no padding": ((3, 24, 7, 19), (80, 24, 3, 3), {}),
+    "more padding than half a kernel": ((4, 8, 6, 9), (32, 8, 5, 5), {"padding": (1, 4), "stride": (3, 1)}),
+    "groups, images of one pixel": ((8, 96, 1, 1), (48, 6, 1, 1), {"groups": 16}),
     "1x1, one image": ((1, 64, 40, 40), (96, 64, 1, 1), {}),
     "linear": ((300, 200), (70, 200), {}),
     "linear, one feature": ((4096, 3000), (1, 3000), {}),
     "3-d, one small image": ((1, 96, 10, 8, 8), (12, 96, 3, 3, 3), {"stride": 2, "padding": 1}),
+    "3-d, groups": ((1, 32, 3, 12, 5), (2, 16, 2, 3, 3), {"groups": 2, "stride": (3, 1, 2), "padding": (0, 0, 1)}),
     "3-d, one tap in a plane": ((2, 24, 13, 16, 18), (8, 24, 5, 1, 1), {"padding": (2, 0, 0)}),
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "../convolution_plan.h"
+#include "library_sums.h"
 #include "memory_format.h"
 #include "pool.h"
 
@@ -82,18 +83,18 @@ Tensor fused_convolution(const Tensor& input, const Tensor& weight, const Tensor
   const bool turns = turns_to_channels_last(input, weight, g);
   Tensor x = g.pads_explicitly() ? pad(input, g) : input, w = weight;
   if (turns) x = to_format(x, at::MemoryFormat::ChannelsLast), w = to_format(w, at::MemoryFormat::ChannelsLast);
-  const auto padding = library_padding(g);
+  const auto [data, padding] = padded_input(x, w, g);
   Scalars scalars;
   if (options.activation == Activation::leaky_relu) scalars.push_back(at::Scalar(options.slope));
   const Text algorithm = options.activation == Activation::gelu ? Text("none") : Text("");
   const char* activation = onednn_name(options.activation);
   if (!residual) {
     const Tensor out =
-        plain()->call(x, w, bias, padding, g.stride, g.dilation, g.groups, activation, scalars, algorithm);
+        plain()->call(data, w, bias, padding, g.stride, g.dilation, g.groups, activation, scalars, algorithm);
     return turns ? to_format(out, at::MemoryFormat::Contiguous) : out;
   }
   const Text unary = options.activation == Activation::identity ? std::nullopt : Text(activation);
-  return with_sum()->call(x, *residual, weight, bias, padding, g.stride, g.dilation, g.groups, "add", std::nullopt,
+  return with_sum()->call(data, *residual, weight, bias, padding, g.stride, g.dilation, g.groups, "add", std::nullopt,
                           unary, scalars, algorithm);
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "memory_format.h"
+
 namespace convbn {
 
 using at::IntArrayRef;
@@ -53,6 +55,17 @@ Sums of_either(const Layer& layer, IntArrayRef input, const Tensor& weight, cons
   return small ? Sums::depend : Sums::unknown;
 }
 
+// By how many columns the kernel reaches beyond its first.
+int64_t reach(const Tensor& weight, const ConvGeometry& g) { return (weight.sizes().back() - 1) * g.dilation.back(); }
+
+// Whether so many columns of padding on either side of the data must be part of it.
+bool writes_zeros(int64_t columns, const Tensor& data, const Tensor& weight, const ConvGeometry& g) {
+  const bool many = columns > 1 || 2 * columns > reach(weight, g);
+  return many && data.is_cpu() && data.numel() > 0 && !Layer(data.sizes(), weight, g).depthwise();
+}
+
+Tensor with_zeros(const Tensor& t, int64_t columns) { return at::constant_pad_nd(t, {columns, columns}); }
+
 }  // namespace
 
 // Contiguous images are computed in blocks of 8 channels; for those of 1 or 3 oneDNN has kernels.
@@ -62,8 +75,10 @@ bool output_depends_on_threads(IntArrayRef input, const Tensor& data, const Tens
   const Sums either = of_either(layer, input, weight, g);
   if (either != Sums::unknown) return either == Sums::depend;
   const bool first = (layer.from == 1 || layer.from == 3) && layer.to % 16 == 0;
-  return !layer.grouped && g.axes() == 2 && data.suggest_memory_format() == at::MemoryFormat::Contiguous &&
-         !layer.whole(8) && !first;
+  // Two axes with groups come in channels_last, unless that cannot be told from contiguous.
+  const bool pixel = data.is_contiguous() && data.is_contiguous(last_format(g.axes()));
+  const bool blocks = layer.grouped ? g.axes() == 3 || pixel : g.axes() == 2 && !first;
+  return blocks && !layer.whole(8) && data.suggest_memory_format() == at::MemoryFormat::Contiguous;
 }
 
 bool grad_input_depends_on_threads(IntArrayRef input, const Tensor& weight, const ConvGeometry& g) {
@@ -75,6 +90,22 @@ bool grad_input_depends_on_threads(IntArrayRef input, const Tensor& weight, cons
   const bool blocks = layer.whole(16);
   if (layer.one) return layer.strided || layer.grouped || !blocks;
   return layer.strided && !(blocks && has_avx512());
+}
+
+Padded padded_input(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
+  auto padding = library_padding(g);
+  const int64_t columns = padding.back();
+  if (!writes_zeros(columns, x, weight, g)) return {x, padding};
+  padding.back() = 0;
+  return {with_zeros(x, columns), padding};
+}
+
+Padded padded_grad_output(const Tensor& grad_output, const Tensor& weight, const ConvGeometry& g) {
+  auto padding = library_padding(g);
+  const int64_t columns = reach(weight, g) - padding.back();
+  if (g.stride.back() != 1 || !writes_zeros(columns, grad_output, weight, g)) return {grad_output, padding};
+  padding.back() += columns;
+  return {with_zeros(grad_output, columns), padding};
 }
 
 }  // namespace convbn

@@ -69,18 +69,15 @@ std::tuple<Tensor, Tensor> direct_backward(const Tensor& grad_output, const Tens
                         : takes_convolve_amx(grad_output, weight, x.sizes(), grad_output.sizes(), g) ? grad_input_amx
                                                                                                      : nullptr;
   const auto weight_by = needs_weight && takes_own_grad_weight(grad_output, x) ? own_grad_weight : nullptr;
-  const auto library = [&](const Tensor& dy, IntArrayRef padding, std::array<bool, 3> needs) {
-    const std::vector<int64_t> zero(g.axes(), 0);
-    return at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), g.stride, padding,
-                                    library_dilation(weight, g), /*transposed=*/false, zero, g.groups, needs);
-  };
+  const std::array<bool, 3> library{needs_input && !input_by, needs_weight && !weight_by, false};
   Tensor grad_input, grad_weight;
-  if (needs_input && !input_by) {
+  if (library[0] || library[1]) {
     const auto [dy, padding] = padded_grad_output(grad_output, weight, g);
-    grad_input = std::get<0>(library(dy, padding, {true, false, false}));
+    const std::vector<int64_t> zero(g.axes(), 0);
+    std::tie(grad_input, grad_weight, std::ignore) =
+        at::convolution_backward(dy, x, weight, at::OptionalIntArrayRef(), g.stride, padding,
+                                 library_dilation(weight, g), /*transposed=*/false, zero, g.groups, library);
   }
-  if (needs_weight && !weight_by)
-    grad_weight = std::get<1>(library(grad_output, library_padding(g), {false, true, false}));
   if (input_by) grad_input = input_by(grad_output, weight, x.sizes(), g);
   if (weight_by) grad_weight = weight_by(grad_output, x, weight.sizes(), g);
   return {grad_input, grad_weight};

@@ -11,11 +11,11 @@ bool output_depends_on_threads(at::IntArrayRef input_sizes, const at::Tensor& da
                                const ConvGeometry& geometry);
 bool grad_input_depends_on_threads(at::IntArrayRef input_sizes, const at::Tensor& weight, const ConvGeometry& geometry);
 
-// What the library gets in the place of x, or of dy, and of the geometry's padding. It cuts rows into pieces by the
-// number of threads, and in pieces shorter than their padding it takes the taps in another order. Zeros are therefore
-// part of the data, c columns on either side, where they are more than one or than half a kernel's:
-//   y = w ⋆ x padded by p = w ⋆ (0, x, 0) with c = p;  with stride 1, dx of dy by p is dx of (0, dy, 0) by p + c
-// In channels_last and with more than one this is also faster, 1.05 to 1.3 times in six of seven layers.
+// What the library gets in the place of x, or of dy, and of the geometry's padding. Its bits were seen to depend on the
+// number of threads, by which it cuts rows into pieces, where it pads by more than one column or than half a kernel's.
+// These c columns of zeros on either side are therefore part of the data:
+//   y = w ⋆ x padded by p = w ⋆ (0, x, 0) with c = p;  with stride 1, dx and dw of dy by p are those of (0, dy, 0) by
+//   p + c
 struct Padded {
   at::Tensor data;
   std::vector<int64_t> padding;

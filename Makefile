@@ -108,7 +108,7 @@ wide: venv  ## the loops for AVX-512 on a CPU with AVX2: vectors of that width, 
 bench: build  ## timings against torch, SciPy and PETSc, as CSV and pictures in out/bench
 	$(PY) bench/bench_conv_bn.py --out out/bench
 	$(PY) bench/bench_networks.py --steps 2 --seconds 40 --out out/bench
-	$(PY) bench/bench_solve.py --out out/bench
+	$(PY) bench/bench_solve.py --seconds 0.5 --skip "ours block" "SciPy GMRES" --out out/bench
 
 lint: venv  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

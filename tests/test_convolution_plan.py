@@ -19,6 +19,7 @@ CASES = {
     "1x1, several pieces of rows and a rest": ((701, 40, 2, 2), (48, 40, 1, 1), {}),
     "1x1, a stride on light weights": ((3, 8, 13, 12), (4, 8, 1, 1), {"stride": 2}),
     "1x1, a stride on heavy weights": ((3, 40, 7, 6), (48, 40, 1, 1), {"stride": (2, 3)}),
+    "1x1, a stride, dx past the caches": ((3, 264, 53, 51), (40, 264, 1, 1), {"stride": (2, 3)}),
     "1x1, padding is not a product": ((2, 8, 6, 6), (8, 8, 1, 1), {"padding": 1}),
     "1x1, on a border of its own": ((2, 8, 6, 6), (8, 8, 1, 1), {"padding": (2, 1), "padding_mode": "circular"}),
     "1x1, one output channel": ((2, 3, 6, 6), (1, 3, 1, 1), {}),

@@ -18,6 +18,11 @@
 #include "../convolution_plan.h"
 
 #include <ATen/Context.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "block_product.h"
 #include "convolution_amx.h"
@@ -27,6 +32,7 @@
 #include "library_sums.h"
 #include "memory_format.h"
 #include "narrow.h"
+#include "stream.h"
 #include "winograd.h"
 
 namespace convbn {
@@ -98,10 +104,37 @@ Tensor met(const Tensor& x, const ConvGeometry& g) {
   return x.slice(2, 0, std::nullopt, g.stride[0]).slice(3, 0, std::nullopt, g.stride[1]);
 }
 
+// The pixels of grad where they were met, zeros between them; in channels_last row by row, each written once.
 Tensor scattered(const Tensor& grad, IntArrayRef sizes, const ConvGeometry& g) {
   if (!strided(g)) return grad;
-  const Tensor result = at::zeros(sizes, grad.options().memory_format(grad.suggest_memory_format()));
-  met(result, g).copy_(grad);
+  if (!channels_last(grad)) {
+    const Tensor result = at::zeros(sizes, grad.options());
+    met(result, g).copy_(grad);
+    return result;
+  }
+  const Tensor result = at::empty(sizes, grad.options().memory_format(Format::ChannelsLast));
+  const int64_t height = sizes[2], pixel = sizes[1] * grad.element_size(), row = sizes[3] * pixel;
+  const int64_t grad_height = grad.size(2), grad_width = grad.size(3);
+  const bool streams = result.nbytes() >= kStreamBytes;
+  const auto* from = static_cast<const char*>(grad.const_data_ptr());
+  auto* to = static_cast<char*>(result.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / row);
+  at::parallel_for(0, sizes[0] * height, grain, [&](int64_t r, int64_t end) {
+    const std::vector<char> zeros(row);
+    std::vector<char> spread(row);
+    for (; r < end; ++r) {
+      const int64_t n = r / height, h = r % height;
+      const bool is_met = h % g.stride[0] == 0;
+      const char* next = from + (n * grad_height + h / g.stride[0]) * grad_width * pixel;
+      for (int64_t w = 0; is_met && w < grad_width; ++w, next += pixel)
+        std::memcpy(&spread[w * g.stride[1] * pixel], next, pixel);
+      const char* here = is_met ? spread.data() : zeros.data();
+      if (streams)
+        stream_copy(to + r * row, here, row);
+      else
+        std::memcpy(to + r * row, here, row);
+    }
+  });
   return result;
 }
 
@@ -157,7 +190,7 @@ std::tuple<Tensor, Tensor> by_planes_backward(const Tensor& grad_output, const T
 // The memory format of the arguments and of the computation, and what is a matrix product or Winograd's.
 struct Plan {
   Format given, format;
-  bool planes = false, rows = false, weight_rows = false, winograd = false, weight_winograd = false;
+  bool planes = false, rows = false, input_rows = false, weight_rows = false, winograd = false, weight_winograd = false;
   // The library's sums in its blocks of channels round less than those in channels_last, and so must ours.
   bool large_tiles() const { return given == Format::ChannelsLast; }
 };
@@ -168,13 +201,19 @@ bool has_plan(const Tensor& t) {
          (t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16);
 }
 
-Plan plan_product(Format given, bool half, const Tensor& weight, int64_t pixels, bool strided) {
+Plan plan_product(Format given, bool half, IntArrayRef input, const Tensor& weight, int64_t pixels,
+                  const ConvGeometry& g) {
   // Weights that outweigh half of a sample make its product a thin one. In bfloat16 32 channels are one tile.
   const int64_t out = weight.size(0), in = weight.size(1);
   const bool thin = 2 * out * in > (out + in) * pixels, wide = std::min(out, in) > 32;
   if (given == Format::Contiguous && !thin) return {.given = given, .format = given, .planes = true};
-  if (half) return {.given = given, .format = Format::ChannelsLast, .rows = wide && !strided, .weight_rows = wide};
-  return {.given = given, .format = given, .weight_rows = true};
+  if (half) {
+    const bool by_rows = wide && !strided(g);
+    return {
+        .given = given, .format = Format::ChannelsLast, .rows = by_rows, .input_rows = by_rows, .weight_rows = wide};
+  }
+  const bool input_rows = grad_input_depends_on_threads(input, weight, g);
+  return {.given = given, .format = given, .input_rows = input_rows, .weight_rows = true};
 }
 
 constexpr int64_t kLightWeight = 1 << 20;
@@ -184,7 +223,7 @@ Plan plan(const Tensor& x, const Tensor& weight, const ConvGeometry& g) {
   const auto sizes = g.output_sizes(x.sizes(), weight.sizes());
   const int64_t pixels = sizes[2] * sizes[3];
   const bool half = x.scalar_type() == at::kBFloat16;
-  if (is_product(weight, g)) return plan_product(given, half, weight, pixels, strided(g));
+  if (is_product(weight, g)) return plan_product(given, half, x.sizes(), weight, pixels, g);
   if (half) return {given, Format::ChannelsLast};
   const bool winograd = suits_winograd(x.sizes(), weight.sizes(), g, /*large=*/given == Format::ChannelsLast);
   // In float32 blocks of channels are faster for few pixels, and where a depthwise layer consists of them. But with
@@ -237,7 +276,7 @@ std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, 
   const Plan p = plan(x, weight, g);
   if (p.planes) return by_planes_backward(grad_output, x, weight, g, needs_input, needs_weight);
   const Tensor dy = to_format(grad_output, p.format);
-  const bool plain_input = needs_input && !p.rows && !p.winograd;
+  const bool plain_input = needs_input && !p.input_rows && !p.winograd;
   const bool plain_weight = needs_weight && !p.weight_rows && !p.weight_winograd;
   Tensor dx, dw;
   if (plain_input || plain_weight) {  // the library takes the format from x, also where it needs no more of x than that
@@ -246,7 +285,8 @@ std::tuple<Tensor, Tensor> planned_convolve_backward(const Tensor& grad_output, 
         direct_backward(dy, has_format ? to_format(x, p.format) : at::empty_like(x, p.format),
                         plain_input ? to_format(weight, p.format) : weight, g, plain_input, plain_weight);
   }
-  if (needs_input && p.rows) dx = from_rows(block_product(rows(dy), weight.flatten(1)), dy);
+  if (needs_input && p.input_rows)
+    dx = scattered(from_rows(block_product(rows(dy), weight.flatten(1)), dy), x.sizes(), g);
   if (needs_weight && p.weight_rows) dw = grad_weight_by_rows(dy, to_format(met(x, g), p.format), weight);
   if (needs_input && p.winograd) dx = grad_input_winograd(dy, weight, x.sizes(), g, p.large_tiles());
   if (needs_weight && p.weight_winograd) {

@@ -212,7 +212,7 @@ Plan plan_product(Format given, bool half, IntArrayRef input, const Tensor& weig
     return {
         .given = given, .format = Format::ChannelsLast, .rows = by_rows, .input_rows = by_rows, .weight_rows = wide};
   }
-  const bool input_rows = grad_input_depends_on_threads(input, weight, g);
+  const bool input_rows = grad_input_depends_on_threads(input, weight, g);  // or else the library's
   return {.given = given, .format = given, .input_rows = input_rows, .weight_rows = true};
 }
 

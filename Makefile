@@ -89,14 +89,15 @@ cuda: $(CUDA_VENV)/.ready  ## the CUDA build: four architectures, linked, its ma
 	cd $(CUDA_TREE) && $(CUDA_BIN)/python -m pytest --ignore=tests/simt
 
 ASAN_TREE := build/asan
-ASAN_TESTS := $(foreach t,conv_bn conv_bn_arguments modules gmres block_gmres krylov operator methods,tests/test_$t.py)
+ASAN_TESTS := $(foreach t,conv_bn conv_bn_arguments convolution_plan gathered_convolution grad_weight winograd narrow depthwise modules gmres block_gmres krylov operator methods,tests/test_$t.py)
 
-# gradcheck and hypothesis visit the same loops thousands of times: the fixed lists are enough here
+# gradcheck and hypothesis visit the same loops thousands of times: the fixed lists are enough here. -s shows what a
+# sanitizer says before it ends the process.
 asan: venv  ## the CPU extension and its tests under the address and undefined-behaviour sanitizers
 	$(call copy_tree,$(ASAN_TREE))
 	cd $(ASAN_TREE) && USE_CUDA=0 SANITIZE=address,undefined $(abspath $(PY)) setup.py --quiet build_ext --inplace
 	cd $(ASAN_TREE) && LD_PRELOAD="$(LIBASAN)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  $(abspath $(PY)) -m pytest $(ASAN_TESTS) -k "not gradcheck and not any_shape and not compile and not opcheck"
+	  $(abspath $(PY)) -m pytest -s $(ASAN_TESTS) -k "not gradcheck and not any_shape and not compile and not opcheck"
 
 WIDE_TREE := build/wide
 

@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: those that the device has code for")
     parser.add_argument("--layout", nargs="+", default=LAYOUTS, choices=LAYOUTS)
     parser.add_argument("--mode", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--shape", nargs="+", default=[""], help="only shapes named so, for example 32x1024x14x14")
     parser.add_argument("--seconds", type=float, default=2.0, help="per shape and mode")
     parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too (slow to warm up)")
@@ -190,6 +191,9 @@ def main() -> None:
     add_device_argument(parser)
     args = parser.parse_args()
     shapes = SHAPES[3:10:2] if args.quick else SHAPES + UNSEEN
+    shapes = [shape for shape in shapes if name_of(shape).startswith(tuple(args.shape))]
+    if not shapes:
+        parser.error(f"no shape begins with {' or '.join(args.shape)}; there are {', '.join(map(name_of, SHAPES + UNSEEN))}")
     seconds = 0.5 if args.quick else args.seconds
     flush = torch.empty(2**26 if args.cold else 1)  # 256 MB
     env, rows, bandwidth = environment(), [], copy_bandwidth(64 if args.quick else 1024)

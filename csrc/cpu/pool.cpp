@@ -30,8 +30,8 @@ size_t block_size(size_t bytes) {
 }
 
 void* map(size_t size) {
-  void* p = std::aligned_alloc(size < kHugePage ? 4096 : kHugePage, size);
-  if (!p) return nullptr;
+  void* p = nullptr;  // aligned_alloc would want whole multiples of the alignment
+  if (posix_memalign(&p, size < kHugePage ? 4096 : kHugePage, size) != 0) return nullptr;
 #if defined(__linux__)
   if (size >= kHugePage)
     madvise(p, size, MADV_HUGEPAGE);  // clears 2 MB at a time; where it is refused, nothing is lost

@@ -191,15 +191,15 @@ def main() -> None:
     add_device_argument(parser)
     args = parser.parse_args()
     shapes = SHAPES[3:10:2] if args.quick else SHAPES + UNSEEN
-    shapes = [shape for shape in shapes if name_of(shape).startswith(tuple(args.shape))]
-    if not shapes:
-        parser.error(f"no shape begins with {' or '.join(args.shape)}; there are {', '.join(map(name_of, SHAPES + UNSEEN))}")
+    chosen = [shape for shape in shapes if name_of(shape).startswith(tuple(args.shape))]
+    if not chosen:
+        parser.error(f"--shape {' '.join(args.shape)}: none begins so; there are {', '.join(map(name_of, shapes))}")
     seconds = 0.5 if args.quick else args.seconds
     flush = torch.empty(2**26 if args.cold else 1)  # 256 MB
     env, rows, bandwidth = environment(), [], copy_bandwidth(64 if args.quick else 1024)
     configurations = list(itertools.product(args.dtype or dtypes(args.device), args.layout, args.mode))
     for dtype, layout, mode in configurations:
-        for shape in shapes:
+        for shape in chosen:
             runs = providers(shape, getattr(torch, dtype), layout, mode, args.compile)
             check(runs["ours"], runs["eager"], f"{dtype}, {layout}, {mode}, {name_of(shape)}")
             measured = interleave(runs, seconds, before=flush.zero_)

@@ -90,6 +90,23 @@ def test_any_shape(data):
     case.check(data.draw(st.sampled_from(DTYPES), "dtype"), LAYOUTS[data.draw(st.sampled_from([*LAYOUTS]), "layout")])
 
 
+def test_a_sum_over_few_rows_rounds_like_torchs():
+    """One chain of 270 terms in float32 had an error 3.7 times as large as torch's, the mean over seeds."""
+    errors = torch.zeros(2, dtype=torch.float64)
+    for seed in range(60):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 10, 15, 9).contiguous(memory_format=torch.channels_last)
+        weight, grad = torch.randn(15, 10, 1, 1, requires_grad=True), torch.randn(2, 15, 15, 9)
+        zeros, ones = torch.zeros(15), torch.ones(15)
+        out = cb.conv_bn(x, weight, running_mean=zeros, running_var=ones, eps=0.0)
+        theirs = torch.nn.functional.conv2d(x, weight)
+        exact = torch.einsum("nohw,nihw->oi", grad.double(), x.double())
+        for i, y in enumerate((out, theirs)):
+            (dw,) = torch.autograd.grad(y, weight, grad)
+            errors[i] += (dw.flatten(1).double() - exact).abs().max() / exact.abs().max()
+    assert errors[0] <= 2 * errors[1], f"ours {errors[0] / 60:.1e}, torch's {errors[1] / 60:.1e}"
+
+
 @cases
 @layouts
 def test_views_and_expanded_gradients(name, layout):

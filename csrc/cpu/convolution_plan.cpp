@@ -152,10 +152,13 @@ Tensor planes(const Tensor& t) { return to_format(t, Format::Contiguous).flatten
 Tensor each_product(const Tensor& w, const Tensor& x) { return block_product(w.expand({x.size(0), -1, -1}), x); }
 
 constexpr int64_t kPieceRows = 1024;  // a piece has at least so many, enough to be worth a product of its own
+// or these, where there are few rows and light sums: one long sum in float32 rounds up to four times as much as torch's
+constexpr int64_t kShortPiece = 64, kMostShortPieces = 16, kLightSums = 1 << 16;
 
 // aᵀ b, a (M, A), b (M, B)
 Tensor sum_of_products(const Tensor& a, const Tensor& b) {
-  const int64_t pieces = a.size(0) / kPieceRows;
+  const int64_t light = std::min(kMostShortPieces, kLightSums / (a.size(1) * b.size(1)));
+  const int64_t pieces = std::max(a.size(0) / kPieceRows, std::min(a.size(0) / kShortPiece, light));
   if (pieces < 2) return block_product(a.t(), b);
   const int64_t length = a.size(0) / pieces, whole = pieces * length, rest = a.size(0) - whole;
   const auto split = [&](const Tensor& t) { return t.narrow(0, 0, whole).view({pieces, length, t.size(1)}); };

@@ -152,7 +152,7 @@ Tensor planes(const Tensor& t) { return to_format(t, Format::Contiguous).flatten
 Tensor each_product(const Tensor& w, const Tensor& x) { return block_product(w.expand({x.size(0), -1, -1}), x); }
 
 constexpr int64_t kPieceRows = 1024;  // a piece has at least so many, enough to be worth a product of its own
-// or these, where there are few rows and light sums: one long sum in float32 rounds up to four times as much as torch's
+// or these, where there are few rows and light sums: one long sum in float32 rounded 3.7 times as much as torch's
 constexpr int64_t kShortPiece = 64, kMostShortPieces = 16, kLightSums = 1 << 16;
 
 // aᵀ b, a (M, A), b (M, B)

@@ -15,6 +15,12 @@ from .normalize import active_group
 from .solve import SolveResult, solve
 from .sync import SYNCED
 
+if dist.is_available():
+    # Imported later, as DistributedDataParallel does, its functions' defaults keep the process group of that time.
+    # gloo's threads then outlive destroy_process_group, and one that gives back a tensor while the interpreter ends
+    # aborts the process (https://github.com/pytorch/pytorch/issues/190489).
+    import torch.distributed.nn.functional
+
 
 def convert_sync(model: nn.Module, process_group: Any = None) -> nn.Module:
     """The model with training statistics over all processes, like ``nn.SyncBatchNorm.convert_sync_batchnorm``.

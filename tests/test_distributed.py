@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -231,3 +234,29 @@ def test_conversion_after_fusing_with_an_example_is_refused():
     fused = cb.fuse(Branching().double(), data()[0])
     with pytest.raises(ValueError, match="bn1 was fused with an example; call fuse after convert_sync"):
         cb.convert_sync(fused)
+
+
+ENDS = """
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+import convbn_ext as cb
+
+def train():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    DistributedDataParallel(cb.ConvBN2d(1, 2, 3))(torch.randn(2, 1, 5, 5)).sum().backward()
+    dist.destroy_process_group()
+
+train()
+print(*(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of a process's threads")
+def test_no_thread_of_the_process_group_is_left_when_a_program_ends():
+    """One that is may abort the process while the interpreter shuts down."""
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "python" in done.stdout
+    assert "gloo" not in done.stdout

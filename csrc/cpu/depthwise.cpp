@@ -9,6 +9,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -29,6 +30,14 @@ struct DepthwiseTaps {
   const acc* const* row;
   const int64_t *row_weight, *column, *column_weight;
   int64_t rows, columns;
+};
+
+// Rows of dy from `first` on, and the rows of x from x_first on that a 3×3 kernel meets there.
+template <typename acc>
+struct ThreeByThree {
+  const acc *x, *grad;
+  int64_t first, rows, columns, x_first, x_height, x_width;
+  std::array<int64_t, 2> stride, padding;  // of 0 or 1
 };
 
 #define CONVBN_LOOPS "depthwise.inl"
@@ -96,6 +105,12 @@ class Depthwise final : public RowsConvolution<scalar_t> {
     const auto output = g.output_sizes(input, sizes_);
     forth_ = direction(input, output, g, /*adjoint=*/false);
     back_ = direction(output, input, g, /*adjoint=*/true);
+    const auto small = [&](int64_t i) {  // at most one tap beside x at a border
+      return sizes_[i + 2] == 3 && g.dilation[i] == 1 && g.padding[2 * i] <= 1 && input[i + 2] > 1;
+    };
+    three_by_three_ = small(0) && small(1);
+    window_ = {.columns = output[3], .x_height = input[2], .x_width = input[3]};
+    window_.stride = {g.stride[0], g.stride[1]}, window_.padding = {g.padding[0], g.padding[2]};
   }
 
   void forward(const scalar_t* x, int64_t first, int64_t last, scalar_t* y) const override {
@@ -109,6 +124,7 @@ class Depthwise final : public RowsConvolution<scalar_t> {
         best_of(&baseline::depthwise_sums<acc>, &avx2::depthwise_sums<acc>, &avx512::depthwise_sums<acc>);
     thread_local AlignedVector<acc> buffer;
     const acc* const grad = widened(dy, (last - first) * forth_.row, buffer);
+    if (three_by_three_) return grad_weight_3x3(x, grad, first, last, sums);
     for_each_stretch(forth_, x, first, last, [&](const Stretch& s, const DepthwiseTaps<acc>& taps, int64_t i) {
       loop(taps, s.source_step * channels_, grad + i, s.count, channels_, sums);
     });
@@ -125,6 +141,8 @@ class Depthwise final : public RowsConvolution<scalar_t> {
   std::vector<int64_t> sizes_;
   Tensor weight_;  // (kh·kw, C)
   Direction forth_, back_;
+  bool three_by_three_;
+  ThreeByThree<acc> window_;  // of no rows yet
 
   Direction direction(at::IntArrayRef from, at::IntArrayRef to, const ConvGeometry& g, bool adjoint) const {
     const auto axis = [&](int64_t i) {
@@ -149,6 +167,19 @@ class Depthwise final : public RowsConvolution<scalar_t> {
       loop(in, buffer.data(), n);
       return buffer.data();
     }
+  }
+
+  void grad_weight_3x3(const scalar_t* x, const acc* grad, int64_t first, int64_t last, acc* sums) const {
+    static const auto loop =
+        best_of(&baseline::depthwise_sums_3x3<acc>, &avx2::depthwise_sums_3x3<acc>, &avx512::depthwise_sums_3x3<acc>);
+    thread_local AlignedVector<acc> buffer;
+    const int64_t stride = window_.stride[0], padding = window_.padding[0], row = forth_.source_row;
+    const int64_t low = std::max<int64_t>(first * stride - padding, 0);
+    const int64_t high = std::min((last - 1) * stride - padding + 3, window_.x_height);
+    ThreeByThree<acc> window = window_;
+    window.x = widened(x + low * row, (high - low) * row, buffer), window.x_first = low;
+    window.grad = grad, window.first = first, window.rows = last - first;
+    loop(window, channels_, sums);
   }
 
   // f(stretch, its taps, its first result counted from the start of row `first`); source: row 0

@@ -96,3 +96,37 @@ void depthwise_sums(const DepthwiseTaps<acc>& taps, int64_t source_step, const a
     }
   });
 }
+
+// sums[(3i + j)·channels + c] += Σ_rq x[first·s + r·s + i − p, q·s + j − p][c]·grad[r, q][c], each in a register of its
+// own for all rows; at a border one row or column of taps is missing.
+template <typename acc>
+void depthwise_sums_3x3(const ThreeByThree<acc>& t, int64_t channels, acc* sums) {
+  const int64_t right = t.columns - ((t.columns - 1) * t.stride[1] - t.padding[1] + 3 > t.x_width);
+  for_each_channel_vector<acc>(channels, [=, &t](int64_t c, int k) __attribute__((always_inline)) {
+    vec<acc> sum[9] = {};
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const int64_t top = (t.first + r) * t.stride[0] - t.padding[0];
+      const acc* const x = t.x + c + ((top - t.x_first) * t.x_width - t.padding[1]) * channels;
+      const acc* const grad = t.grad + c + r * t.columns * channels;
+      const auto row = [&]<int low, int high>() __attribute__((always_inline)) {
+        const auto result = [&]<int left, int end>(int64_t q) __attribute__((always_inline)) {
+          const vec<acc> g = load(grad + q * channels, k);
+          for (int i = low; i < high; ++i)
+            for (int j = left; j < end; ++j)
+              sum[3 * i + j] += load(x + (i * t.x_width + q * t.stride[1] + j) * channels, k) * g;
+        };
+        int64_t q = 0;
+        if (t.padding[1]) result.template operator()<1, 3>(q++);
+        for (; q < right; ++q) result.template operator()<0, 3>(q);
+        if (q < t.columns) result.template operator()<0, 2>(q);
+      };
+      if (top < 0)
+        row.template operator()<1, 3>();
+      else if (top + 3 > t.x_height)
+        row.template operator()<0, 2>();
+      else
+        row.template operator()<0, 3>();
+    }
+    for (int i = 0; i < 9; ++i) store(sums + i * channels + c, load(sums + i * channels + c, k) + sum[i], k);
+  });
+}

@@ -17,6 +17,13 @@ LAST = {"memory_format": torch.channels_last}
 # One line per reason: what is special about the shape; C, kernel, geometry.
 CASES = {
     "3x3": ((3, 32, 14, 26), (3, 3), {"padding": 1}),
+    "3x3, short rows": ((3, 40, 7, 7), (3, 3), {"padding": 1}),
+    "3x3, two rows and columns": ((3, 16, 2, 2), (3, 3), {"padding": 1}),
+    "3x3, stride 2 that ends at a border and before it": ((3, 24, 9, 12), (3, 3), {"padding": 1, "stride": 2}),
+    "3x3, one column of results": ((3, 20, 4, 2), (3, 3), {"padding": 1, "stride": (1, 2)}),
+    "3x3, no padding": ((3, 24, 11, 8), (3, 3), {"stride": (1, 3)}),
+    "3x3, padding of one axis": ((3, 16, 5, 7), (3, 3), {"padding": (0, 1)}),
+    "3x3, padding of the other, rows that are left over": ((3, 16, 6, 7), (3, 3), {"padding": (1, 0), "stride": 3}),
     "several bands and blocks": ((2, 40, 48, 50), (3, 3), {"padding": 1}),
     "past the caches": ((33, 64, 40, 40), (3, 3), {"padding": 1}),
     "tail of channels": ((2, 17, 12, 25), (3, 3), {"padding": 1}),
@@ -42,6 +49,12 @@ def case_of(shape, kernel, geometry, **more) -> Case:
 @pytest.mark.parametrize("name", CASES)
 def test_as_accurate_as_torch(name, dtype):
     case_of(*CASES[name]).check(dtype, torch.channels_last)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("3x3")])
+def test_contiguous_images(name):
+    """In rows of few results dw is formed from copies in channels_last."""
+    case_of(*CASES[name]).check(torch.float32)
 
 
 @settings(max_examples=25, deadline=None)

@@ -15,6 +15,7 @@
 
 #include "bn_blocks.h"
 #include "isa.h"
+#include "memory_format.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -44,6 +45,8 @@ struct ThreeByThree {
 #include "each_isa.inl"
 
 using at::Tensor;
+
+constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
 // Taps of a kernel's axis and the source pixels that they are on, times a unit each.
 struct AxisTaps {
@@ -226,25 +229,27 @@ static bool library_is_faster(const Tensor& input, const Tensor& weight, const C
   return usual && (type == at::kBFloat16 || (type == at::kFloat && (input.size(1) < 16 || input.size(3) < 24)));
 }
 
-// Two axes, a channel each, channels_last, borders of zeros.
+// Two axes, a channel each, borders of zeros.
 static bool is_depthwise(const Tensor& input, at::IntArrayRef weight, const ConvGeometry& g) {
   return g.axes() == 2 && g.groups > 1 && g.groups == input.size(1) && g.groups == weight[0] && !g.pads_explicitly() &&
-         input.numel() > 0 && weight[2] * weight[3] > 0 &&
-         input.suggest_memory_format() == at::MemoryFormat::ChannelsLast &&
-         input.is_contiguous(at::MemoryFormat::ChannelsLast);
+         input.numel() > 0 && weight[2] * weight[3] > 0;
 }
 
+static bool is_channels_last(const Tensor& t) { return t.suggest_memory_format() == kLast && t.is_contiguous(kLast); }
+
 bool takes_depthwise(const Tensor& input, const Tensor& weight, const ConvGeometry& g) {
-  return is_depthwise(input, weight.sizes(), g) && !library_is_faster(input, weight, g);
+  return is_depthwise(input, weight.sizes(), g) && is_channels_last(input) && !library_is_faster(input, weight, g);
 }
 
 constexpr int64_t kMostSlices = 16;
+constexpr int64_t kShortRow = 14;  // of dy: here channels_last pays for contiguous tensors, too
 
-bool takes_grad_weight_depthwise(const Tensor& grad_output, const Tensor& input, at::IntArrayRef weight_sizes,
+bool takes_grad_weight_depthwise(const Tensor& grad_output, const Tensor& input, at::IntArrayRef weight,
                                  const ConvGeometry& g) {
   const auto type = input.scalar_type();
-  return (type == at::kFloat || type == at::kBFloat16) && is_depthwise(input, weight_sizes, g) &&
-         grad_output.numel() > 0 && grad_output.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (!is_depthwise(input, weight, g) || grad_output.numel() == 0) return false;
+  if (type == at::kFloat && weight[2] == 3 && weight[3] == 3 && grad_output.size(3) <= kShortRow) return true;
+  return (type == at::kFloat || type == at::kBFloat16) && is_channels_last(input) && grad_output.is_contiguous(kLast);
 }
 
 // The rows of all images are cut into slices by their number alone, whose sums are added in order.
@@ -271,8 +276,9 @@ static Tensor grad_weight_of(const Tensor& grad_output, const Tensor& input, at:
 
 Tensor grad_weight_depthwise(const Tensor& grad_output, const Tensor& input, at::IntArrayRef weight_sizes,
                              const ConvGeometry& g) {
-  return (input.scalar_type() == at::kFloat ? grad_weight_of<float> : grad_weight_of<bf16>)(grad_output, input,
-                                                                                            weight_sizes, g);
+  return (input.scalar_type() == at::kFloat
+              ? grad_weight_of<float>
+              : grad_weight_of<bf16>)(to_format(grad_output, kLast), to_format(input, kLast), weight_sizes, g);
 }
 
 template <typename scalar_t>

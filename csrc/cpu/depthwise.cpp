@@ -47,6 +47,7 @@ struct ThreeByThree {
 using at::Tensor;
 
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
+constexpr int64_t kMostTerms = 128;  // of a sum in float32, but for longer rows
 
 // Taps of a kernel's axis and the source pixels that they are on, times a unit each.
 struct AxisTaps {
@@ -179,10 +180,13 @@ class Depthwise final : public RowsConvolution<scalar_t> {
     const int64_t stride = window_.stride[0], padding = window_.padding[0], row = forth_.source_row;
     const int64_t low = std::max<int64_t>(first * stride - padding, 0);
     const int64_t high = std::min((last - 1) * stride - padding + 3, window_.x_height);
+    const int64_t some = std::max<int64_t>(kMostTerms / window_.columns, 1);
     ThreeByThree<acc> window = window_;
     window.x = widened(x + low * row, (high - low) * row, buffer), window.x_first = low;
-    window.grad = grad, window.first = first, window.rows = last - first;
-    loop(window, channels_, sums);
+    for (int64_t r = first; r < last; r += some) {
+      window.grad = grad + (r - first) * forth_.row, window.first = r, window.rows = std::min(some, last - r);
+      loop(window, channels_, sums);
+    }
   }
 
   // f(stretch, its taps, its first result counted from the start of row `first`); source: row 0

@@ -28,9 +28,9 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kTileRows = 6;        // pixels that the products take at once
 constexpr int64_t kMostPixels = 96;     // of a chunk
 constexpr int64_t kGathered = 1 << 17;  // values of a chunk
-constexpr int64_t kDepth = 64;  // of a product, about: longer sums in float32 round more, shorter ones take longer
-constexpr int64_t kUnits = 16;  // of work, if there are so many chunks or columns
-constexpr int64_t kStripBytes = 256;  // columns of the products
+constexpr int64_t kDepth = 64;          // of a product, about: longer sums in float32 round more
+constexpr int64_t kUnits = 16;          // of work, if there are so many chunks or columns
+constexpr int64_t kStripBytes = 256;    // columns of the products
 
 using Index = std::array<int64_t, 3>;  // along the axes
 

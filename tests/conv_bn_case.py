@@ -107,14 +107,15 @@ class Case:
         else:
             axes = x.dim() - 2
             pads = (padding,) * axes if isinstance(padding, int) else padding
-            x = F.pad(x, [p for p in reversed(pads) for _ in range(2)], "constant" if mode == "zeros" else mode)
-            if w.dim() == 4 and w.shape[2:] == (1, 1):
+            if mode != "zeros":
+                x, pads = F.pad(x, [p for p in reversed(pads) for _ in range(2)], mode), (0,) * axes
+            if w.dim() == 4 and w.shape[2:] == (1, 1) and not any(pads):
                 # torch's weight gradient of a strided 1x1 layer in float32 and channels_last writes beyond its memory
                 # if there are fewer channels than a vector has elements: the same layer, on the pixels it meets
                 stride = geometry.pop("stride", 1)
                 rows, columns = (stride, stride) if isinstance(stride, int) else stride
                 x = x[:, :, ::rows, ::columns]
-            y = (F.conv1d, F.conv2d, F.conv3d)[axes - 1](x, w, t["bias"], **geometry)
+            y = (F.conv1d, F.conv2d, F.conv3d)[axes - 1](x, w, t["bias"], padding=pads, **geometry)
         v = F.batch_norm(y, mean, var, t["bn_weight"], t["bn_bias"], self.training, 0.1, 1e-5)
         out = eager_activation(self.activation, v if t["residual"] is None else v + t["residual"])
         return out, t, mean, var

@@ -111,7 +111,7 @@ class Case:
                 x, pads = F.pad(x, [p for p in reversed(pads) for _ in range(2)], mode), (0,) * axes
             if w.dim() == 4 and w.shape[2:] == (1, 1) and not any(pads):
                 # torch's weight gradient of a strided 1x1 layer in float32 and channels_last writes beyond its memory
-                # if there are fewer channels than a vector has elements: the same layer, on the pixels it meets
+                # (seen with AVX2 and 2 to 7 channels): the same layer, on the pixels it meets
                 stride = geometry.pop("stride", 1)
                 rows, columns = (stride, stride) if isinstance(stride, int) else stride
                 x = x[:, :, ::rows, ::columns]

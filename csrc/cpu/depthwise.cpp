@@ -38,7 +38,7 @@ template <typename acc>
 struct ThreeByThree {
   const acc *x, *grad;
   int64_t first, rows, columns, x_first, x_height, x_width;
-  std::array<int64_t, 2> stride, padding;  // of 0 or 1
+  std::array<int64_t, 2> stride, padding;  // padding is 0 or 1
 };
 
 #define CONVBN_LOOPS "depthwise.inl"
@@ -97,6 +97,14 @@ struct Axis {
   }
 };
 
+// Without dilation, and at most one tap beside x at a border.
+bool is_three_by_three(at::IntArrayRef input, at::IntArrayRef weight, const ConvGeometry& g) {
+  const auto along = [&](int64_t i) {
+    return weight[i + 2] == 3 && g.dilation[i] == 1 && g.padding[2 * i] <= 1 && input[i + 2] > 1;
+  };
+  return along(0) && along(1);
+}
+
 template <typename scalar_t>
 class Depthwise final : public RowsConvolution<scalar_t> {
   using acc = acc_t<scalar_t>;
@@ -109,10 +117,7 @@ class Depthwise final : public RowsConvolution<scalar_t> {
     const auto output = g.output_sizes(input, sizes_);
     forth_ = direction(input, output, g, /*adjoint=*/false);
     back_ = direction(output, input, g, /*adjoint=*/true);
-    const auto small = [&](int64_t i) {  // at most one tap beside x at a border
-      return sizes_[i + 2] == 3 && g.dilation[i] == 1 && g.padding[2 * i] <= 1 && input[i + 2] > 1;
-    };
-    three_by_three_ = small(0) && small(1);
+    three_by_three_ = is_three_by_three(input, sizes_, g);
     window_ = {.columns = output[3], .x_height = input[2], .x_width = input[3]};
     window_.stride = {g.stride[0], g.stride[1]}, window_.padding = {g.padding[0], g.padding[2]};
   }
@@ -252,7 +257,8 @@ bool takes_grad_weight_depthwise(const Tensor& grad_output, const Tensor& input,
                                  const ConvGeometry& g) {
   const auto type = input.scalar_type();
   if (!is_depthwise(input, weight, g) || grad_output.numel() == 0) return false;
-  if (type == at::kFloat && weight[2] == 3 && weight[3] == 3 && grad_output.size(3) <= kShortRow) return true;
+  if (type == at::kFloat && is_three_by_three(input.sizes(), weight, g) && grad_output.size(3) <= kShortRow)
+    return true;
   return (type == at::kFloat || type == at::kBFloat16) && is_channels_last(input) && grad_output.is_contiguous(kLast);
 }
 

@@ -13,7 +13,7 @@ std::unique_ptr<RowsConvolution<scalar_t>> make_depthwise(at::IntArrayRef input,
 // dw alone, float32 and bfloat16, of a given dy; contiguous tensors are copied.
 bool takes_grad_weight_depthwise(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight,
                                  const ConvGeometry& geometry);
-at::Tensor grad_weight_depthwise(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight,
+at::Tensor grad_weight_depthwise(const at::Tensor& grad_output, const at::Tensor& input, at::IntArrayRef weight_sizes,
                                  const ConvGeometry& geometry);
 
 }  // namespace convbn
